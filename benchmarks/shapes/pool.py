@@ -1,0 +1,129 @@
+"""A pool of training scenes as flat arrays, with the dense targets that training's auxiliary heads need.
+
+Drawing a scene takes milliseconds and a scene serves many prompts, so training draws each once and
+keeps it. The arrays lie in a folder, one .npy a field, and are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.shapes.scenes import (
+    CHARACTERS,
+    CLASSES,
+    HELD_OUT_SEED,
+    IMAGE_SIZE,
+    MAX_OBJECTS,
+    Box,
+    Scene,
+    SceneObject,
+    SceneText,
+    make_scene,
+)
+
+PATCH = 14
+GRID = IMAGE_SIZE // PATCH
+CHARS_PER_PATCH = 2
+_MIN_PATCH_PIXELS = 20
+_NO_MASK = np.zeros((0, 0), bool)
+
+Row = dict[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N scenes. -1 stands for "none" in `classes`, `patch_object`, `patch_chars` and `patch_order`.
+
+    images [N, 112, 112, 3] uint8, boxes [N, 6, 4] (x1 y1 x2 y2), classes [N, 6],
+    text [N] bytes, patch_object [N, 64] (the object that covers most of the patch),
+    patch_chars [N, 64, 2] (characters centred in the patch), patch_order [N, 64] (place of the first of them).
+    """
+
+    images: npt.NDArray[np.uint8]
+    boxes: npt.NDArray[np.uint8]
+    classes: npt.NDArray[np.int8]
+    text: npt.NDArray[np.bytes_]
+    patch_object: npt.NDArray[np.int8]
+    patch_chars: npt.NDArray[np.int8]
+    patch_order: npt.NDArray[np.int8]
+
+    @classmethod
+    def load(cls, folder: Path) -> Pool:
+        return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__annotations__})
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def scene(self, index: int) -> Scene:
+        """The scene without its masks."""
+        objects = []
+        for box, class_id in zip(self.boxes[index].tolist(), self.classes[index].tolist(), strict=True):
+            if class_id >= 0:
+                colour, shape = CLASSES[class_id].split()
+                objects.append(SceneObject(shape, colour, Box(*box), _NO_MASK))
+        text = self.text[index].decode()
+        return Scene(self.images[index], tuple(objects), SceneText(text, ()) if text else None)
+
+
+def _row_from_seed(seed: int) -> Row:
+    scene = make_scene(seed)
+    boxes = np.zeros((MAX_OBJECTS, 4), np.uint8)
+    classes = np.full(MAX_OBJECTS, -1, np.int8)
+    cover = np.zeros((MAX_OBJECTS, GRID, GRID), np.int64)
+    for place, item in enumerate(scene.objects):
+        boxes[place], classes[place] = item.box, CLASSES.index(item.label)
+        cover[place] = item.mask.reshape(GRID, PATCH, GRID, PATCH).sum(axis=(1, 3))
+    patch_object = np.where(cover.max(axis=0) >= _MIN_PATCH_PIXELS, cover.argmax(axis=0), -1)
+    chars = np.full((GRID * GRID, CHARS_PER_PATCH), -1, np.int8)
+    order = np.full(GRID * GRID, -1, np.int8)
+    if scene.text:
+        for place, (character, (x, y)) in enumerate(zip(scene.text.text, scene.text.centres, strict=True)):
+            patch = int(y // PATCH) * GRID + int(x // PATCH)
+            free = np.flatnonzero(chars[patch] < 0)
+            if order[patch] < 0:
+                order[patch] = place
+            if free.size:
+                chars[patch, free[0]] = CHARACTERS.index(character)
+    return {
+        "images": scene.image,
+        "boxes": boxes,
+        "classes": classes,
+        "text": np.array(scene.text.text if scene.text else "", "S6"),
+        "patch_object": patch_object.reshape(-1).astype(np.int8),
+        "patch_chars": chars,
+        "patch_order": order,
+    }
+
+
+def draw_pool(folder: Path, num_scenes: int, workers: int) -> None:
+    """Draw the scenes of seeds 0 to `num_scenes` - 1 into `folder`."""
+    assert num_scenes <= HELD_OUT_SEED
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: Row = {}
+    with multiprocessing.Pool(workers) as workers_pool:
+        for index, row in enumerate(workers_pool.imap(_row_from_seed, range(num_scenes), chunksize=64)):
+            if not arrays:
+                arrays = {name: np.zeros((num_scenes, *value.shape), value.dtype) for name, value in row.items()}
+            for name, value in row.items():
+                arrays[name][index] = value
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scenes", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    draw_pool(arguments.folder, arguments.scenes, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()
