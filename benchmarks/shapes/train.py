@@ -38,6 +38,7 @@ IGNORE = -100
 _TASKS_WITH_TARGETS = ("detect", "count", "colour")
 _MARK_LAYER = 3
 _LENGTH_GROUPS = 3
+_MUON_RATE = 4
 _SOFT_BINS = 512 / IMAGE_SIZE
 """Standard deviation of a location target, in bins: half a pixel."""
 
@@ -125,18 +126,22 @@ class DenseHeads(nn.Module):
         self.patch = nn.Linear(width, sum(self.sizes))
         self.mark = nn.Linear(width, MAX_OBJECTS + 1)
 
-    def patch_loss(self, features: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    def patch_losses(self, features: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """`features` [I, 64, D] of the vision encoder."""
         classes, box, chars, order = self.patch(features).split(self.sizes, -1)
         inside = targets["patch_class"] >= 0
-        loss = functional.cross_entropy(classes.flatten(0, 1), targets["patch_class"].flatten() % (len(CLASSES) + 1))
-        loss = loss + 2 * functional.smooth_l1_loss(box[inside], targets["patch_box"][inside], beta=0.03)
         char_targets = targets["patch_chars"].flatten() % (len(CHARACTERS) + 1)
-        char_logits = chars.reshape(-1, len(CHARACTERS) + 1)
+        char_losses = functional.cross_entropy(
+            chars.reshape(-1, len(CHARACTERS) + 1), char_targets, reduction="none"
+        )
         has_char = char_targets != len(CHARACTERS)
-        losses = functional.cross_entropy(char_logits, char_targets, reduction="none")
-        loss = loss + losses.mean() + losses[has_char].sum() / (has_char.sum() + 1)
-        return loss + functional.cross_entropy(order.flatten(0, 1), targets["patch_order"].flatten() % 7)
+        kinds = targets["patch_class"].flatten() % (len(CLASSES) + 1)
+        return {
+            "class": functional.cross_entropy(classes.flatten(0, 1), kinds),
+            "box": 12 * functional.smooth_l1_loss(box[inside], targets["patch_box"][inside], beta=0.03),
+            "char": char_losses.mean() + char_losses[has_char].sum() / (has_char.sum() + 1),
+            "order": functional.cross_entropy(order.flatten(0, 1), targets["patch_order"].flatten() % 7),
+        }
 
     def mark_loss(self, hidden: Tensor, ranks: Tensor) -> Tensor:
         """`hidden` [B, 64, D] in the middle of the decoder; `ranks` [B, 64], or IGNORE."""
@@ -269,6 +274,11 @@ class Trainee(nn.Module):
                 middle = hidden
         return middle, language.norm(hidden)
 
+    def vision_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The dense losses alone: what the vision encoder learns before the decoder joins."""
+        features, _ = self.encode_images(batch.pixel_values)
+        return self.heads.patch_losses(features.float(), batch.dense)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         features, images = self.encode_images(batch.pixel_values)
         chosen, marks = [], []
@@ -290,7 +300,7 @@ class Trainee(nn.Module):
         return {
             "location": location / (is_location.sum() + 1),
             "text": text / ((~is_location).sum() + 1),
-            "patch": self.heads.patch_loss(features.float(), batch.dense),
+            **self.heads.patch_losses(features.float(), batch.dense),
             "mark": self.heads.mark_loss(torch.cat(marks).float(), batch.ranks[order]),
         }
 
@@ -373,8 +383,9 @@ def _iou(first: list[int], second: list[int]) -> float:
     return inter / max(sum(areas) - inter, 1e-9)
 
 
-def _learning_rate(step: int, steps: int, peak: float) -> float:
-    warm = min(1.0, (step + 1) / 300)
+def _learning_rate(step: int, steps: int, peak: float, vision_steps: int) -> float:
+    """Cosine decay; each of the two phases warms up."""
+    warm = min(1.0, (step + 1 - (vision_steps if step >= vision_steps else 0)) / 200)
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
@@ -423,6 +434,7 @@ def main() -> None:
     parser.add_argument("pool", type=Path)
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--vision-steps", type=int, default=3_000, help="of these, on the vision encoder alone")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -454,14 +466,18 @@ def train(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     while step < arguments.steps:
         rng = np.random.default_rng((1, step))
-        batch = make_batch(pool, encoder, rng, arguments.images, arguments.prompts, arguments.device)
+        alone = step < arguments.vision_steps
+        shape = (arguments.images * arguments.prompts, 1) if alone else (arguments.images, arguments.prompts)
+        batch = make_batch(pool, encoder, rng, *shape, arguments.device)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(step, arguments.steps, arguments.rate)
+                group["lr"] = (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1) * _learning_rate(step, arguments.steps, arguments.rate, arguments.vision_steps)
         with torch.autocast(arguments.device.split(":")[0], torch.bfloat16, enabled=arguments.bf16):
-            losses = trainee(batch)
+            losses = trainee.vision_loss(batch) if alone else trainee(batch)
         dense = _dense_weight(step, arguments.steps)
-        loss = losses["location"] + losses["text"] + dense * (losses["patch"] + losses["mark"])
+        loss = torch.stack(
+            [value if name in ("location", "text") else dense * value for name, value in losses.items()]
+        ).sum()
         trainee.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -474,9 +490,8 @@ def train(arguments: argparse.Namespace) -> None:
             row: dict[str, Any] = {"step": step, **{name: round(value / 100, 4) for name, value in sums.items()}}
             sums.clear()
             if step % arguments.every == 0 or step == arguments.steps:
-                trainee.eval()
-                row |= validate(trainee, encoder, 60)
-                trainee.train()
+                if step > arguments.vision_steps:
+                    row |= validate(trainee, encoder, 60)
                 elapsed = seconds + time.perf_counter() - started
                 state = {
                     "trainee": trainee.state_dict(),

@@ -148,16 +148,20 @@ class Target(_Strict):
     """The lowering for one kind of runtime. Cache tensors are [batch, kv heads, capacity, head_dim]."""
 
     precision: Literal["fp32", "fp16"]
-    cache_dtype: Literal["float32", "float16"]
     vision_encoder: Graph
     decoder: Graph
 
 
 class Comparison(_Strict):
-    """What the export's last step measured. `reference` says against what."""
+    """What the export's last step measured against `reference`.
+
+    `image_features_error` is relative to the largest feature, `log_prob_error` in nats;
+    `token_match` is the share of equal tokens, the reference's tokens being fed in.
+    """
 
     reference: str
-    max_error: float
+    image_features_error: float
+    log_prob_error: float
     token_match: float
 
 
@@ -174,7 +178,7 @@ class Manifest(_Strict):
     embedding: Embedding
     targets: dict[str, Target]
     tokenizer: FileName
-    golden: FileName
+    golden: FileName | None
     comparison: Comparison | None
     files: dict[FileName, File]
 
@@ -213,7 +217,7 @@ class Bundle:
 
     def _check_files(self, check_hashes: bool) -> None:
         manifest = self.manifest
-        named = {manifest.tokenizer, manifest.golden, manifest.embedding.file}
+        named = {manifest.tokenizer, manifest.embedding.file, *([manifest.golden] if manifest.golden else [])}
         for target in manifest.targets.values():
             for graph in (target.vision_encoder, target.decoder):
                 named |= {graph.file, *graph.weights}
@@ -225,8 +229,8 @@ class Bundle:
                 status = path.lstat()
             except OSError:
                 raise _damaged(self.folder, f"no file '{name}'") from None
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise _damaged(self.folder, f"'{name}' is a link or no regular file")
+            if not stat.S_ISREG(status.st_mode):
+                raise _damaged(self.folder, f"'{name}' is no regular file")
             if status.st_size != recorded.size:
                 raise _damaged(self.folder, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
         if check_hashes:

@@ -1,0 +1,169 @@
+"""Model dimensions from a checkpoint's config.json, with the defaults that transformers fills in.
+
+Only numbers: token ids come from the tokenizer, because `image_token_index` in old configs is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from paliedge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP vision encoder: `image_size` and `patch_size` in pixels."""
+
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    eps: float
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Gemma or Gemma 2 decoder. `attn_softcap` and `final_softcap` are None where there is none."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_scale: float
+    rope_theta: float
+    eps: float
+    attn_softcap: float | None
+    final_softcap: float | None
+    post_norms: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A PaliGemma checkpoint's dimensions; `tied`: the output head is the embedding table."""
+
+    family: Literal["paligemma", "paligemma2"]
+    vision: VisionConfig
+    text: TextConfig
+    tied: bool
+
+
+_GEMMA = {
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+}
+_GEMMA2 = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+_SIGLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read `folder`/config.json.
+
+    Raises:
+        CheckpointError: no config.json, not a PaliGemma, or a dimension or activation that is not supported.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            expected=f"a Hugging Face checkpoint with config.json in {folder}",
+            found="no readable config.json" if isinstance(error, OSError) else "a config.json that is no JSON",
+            action="Name the folder that holds config.json, tokenizer.json and the .safetensors files.",
+        ) from None
+    if raw.get("model_type") != "paligemma":
+        raise _unsupported("model_type", raw.get("model_type"), "paligemma")
+    vision, text = raw.get("vision_config", {}), raw.get("text_config", {})
+    kind = text.get("model_type", "gemma")
+    if kind not in ("gemma", "gemma2"):
+        raise _unsupported("text_config.model_type", kind, "gemma or gemma2")
+    for name, section in (("hidden_activation", text), ("hidden_act", vision)):
+        if section.get(name, None) not in (None, "gelu_pytorch_tanh"):
+            raise _unsupported(name, section[name], "gelu_pytorch_tanh")
+    if vision.get("vision_use_head"):
+        raise _unsupported("vision_use_head", True, "False")
+    return ModelConfig(
+        family="paligemma2" if kind == "gemma2" else "paligemma",
+        vision=_read_vision(_SIGLIP | vision),
+        text=_read_text((_GEMMA2 if kind == "gemma2" else _GEMMA) | text, kind == "gemma2"),
+        tied=bool(raw.get("tie_word_embeddings", True)),
+    )
+
+
+def _read_vision(raw: dict[str, Any]) -> VisionConfig:
+    config = VisionConfig(
+        image_size=raw["image_size"],
+        patch_size=raw["patch_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=raw["num_attention_heads"],
+        eps=raw.get("layer_norm_eps", 1e-6),
+    )
+    if config.image_size % config.patch_size or config.hidden_size % config.num_heads:
+        raise _unsupported("vision_config", "sizes that do not divide", "image by patch size, hidden size by heads")
+    return config
+
+
+def _read_text(raw: dict[str, Any], second: bool) -> TextConfig:
+    scalar = raw.get("query_pre_attn_scalar", 256) if second else raw["head_dim"]
+    rope = raw.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", "default") if rope else (raw.get("rope_scaling") or "default")
+    if scaling != "default":
+        raise _unsupported("rope scaling", scaling, "default")
+    if raw["num_attention_heads"] % raw["num_key_value_heads"]:
+        raise _unsupported("num_key_value_heads", raw["num_key_value_heads"], "a divisor of num_attention_heads")
+    return TextConfig(
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw["num_key_value_heads"],
+        head_dim=raw["head_dim"],
+        query_scale=1 / math.sqrt(scalar),
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)),
+        eps=raw.get("rms_norm_eps", 1e-6),
+        attn_softcap=raw.get("attn_logit_softcapping", 50.0) if second else None,
+        final_softcap=raw.get("final_logit_softcapping", 30.0) if second else None,
+        post_norms=second,
+    )
+
+
+def _unsupported(name: str, found: object, supported: str) -> CheckpointError:
+    return CheckpointError(
+        expected=f"{name} to be {supported}",
+        found=f"{found!r} in config.json",
+        action="paliedge exports PaliGemma and PaliGemma 2; for another model use its own exporter.",
+    )

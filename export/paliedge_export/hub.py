@@ -1,0 +1,58 @@
+"""Find a checkpoint: a local folder, or a repository on the Hugging Face hub, through its own client."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from paliedge.errors import CheckpointError
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_WANTED = ["*.json", "*.safetensors"]
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """The folder of `checkpoint`, downloaded into the hub client's cache if it is a repository id.
+
+    Raises:
+        CheckpointError: neither a folder nor an id, or a repository that is gated, missing or out of reach.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
+        raise CheckpointError(
+            expected="a checkpoint folder or a hub id such as google/paligemma-3b-mix-224",
+            found=f"'{checkpoint}'",
+            action="Check the spelling; a folder holds config.json, tokenizer.json and .safetensors files.",
+        )
+    return _download(checkpoint)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    expected = f"the hub repository {repository}"
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_WANTED))
+    except GatedRepoError:  # before its base class RepositoryNotFoundError
+        raise CheckpointError(
+            expected=expected,
+            found="access to it is gated and not granted to you",
+            action=f"1. Open https://huggingface.co/{repository} and accept its terms. "
+            "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            expected=expected,
+            found="no such repository, or a private one that you are not logged in for",
+            action=f"1. Open https://huggingface.co/{repository} and check the name. "
+            "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
+        ) from None
+    except (HfHubHTTPError, OSError) as error:  # offline and time-outs are OSErrors in the hub's client
+        raise CheckpointError(
+            expected=expected,
+            found=f"the hub out of reach ({type(error).__name__}) and no complete copy in the local cache",
+            action="Check the network and HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
+        ) from None

@@ -1,0 +1,25 @@
+"""The embedding table, mapped from its file: only the rows of the tokens at hand are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from paliedge.bundle import Bundle
+from paliedge.session import FloatArray
+
+
+class EmbeddingTable:
+    """Token ids to input embeddings, sqrt(hidden) times their row, as Gemma scales them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        embedding = bundle.manifest.embedding
+        shape = (embedding.rows, bundle.manifest.model.text.hidden_size)
+        self._table = np.memmap(bundle.path(embedding.file), embedding.dtype, "r", shape=shape)
+        self._scale = np.float32(embedding.scale)
+
+    def __call__(self, token_ids: Sequence[int]) -> FloatArray:
+        """[S] ids -> [S, H] float32."""
+        rows: FloatArray = self._table[list(token_ids)].astype(np.float32)
+        return rows * self._scale

@@ -1,0 +1,133 @@
+"""The border where images come in: path, bytes, PIL or numpy to one RGB picture.
+
+Only JPEG, PNG, WEBP and BMP are decoded, their size is checked on the header first, and whatever a
+decoder raises leaves here as ImageError with a fixed sentence. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from paliedge.errors import ImageError
+
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8]"
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MAX_PIXELS = 32_000_000
+_WHITE = (255, 255, 255, 255)
+
+
+def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
+    """An RGB picture, upright after its EXIF orientation, transparency composited on white.
+
+    Args:
+        source: a path, the bytes of an image file, a PIL image, or a uint8 array [H, W, 3] (RGB),
+            [H, W, 4] (RGBA) or [H, W] (grey).
+        bgr: the array's channels are blue, green, red (OpenCV's order); for arrays only.
+
+    Raises:
+        ImageError: not one of the four formats, damaged, over 32 megapixels, or an array of another
+            shape or type.
+    """
+    if isinstance(source, np.ndarray):
+        return _image_from_array(source, bgr)
+    if bgr:
+        raise ImageError(
+            expected="a numpy array with bgr=True", found=f"{type(source).__name__}", action="Leave bgr out."
+        )
+    if isinstance(source, Image.Image):
+        _check_size(source.size)
+        return _decode(source, "the PIL image")
+    if isinstance(source, bytes):
+        return _decode_file(io.BytesIO(source), f"{len(source)} bytes")
+    path = Path(source)
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        raise ImageError(
+            expected=f"a readable image file at {path}", found="none", action="Check the path and its permissions."
+        ) from None
+    return _decode_file(io.BytesIO(content), str(path))
+
+
+def _decode_file(stream: io.BytesIO, name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged metadata; size is checked below, whatever Pillow warns of
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ImageError(
+                expected="a JPEG, PNG, WEBP or BMP image",
+                found=f"something else in {name}",
+                action="Convert it to one of these formats.",
+            ) from None
+        except Image.DecompressionBombError:
+            raise _too_large("too many to count") from None
+        except Exception:
+            raise _damaged(name) from None
+        _check_size(image.size)
+        return _decode(image, name)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return _rgb_from_image(upright)
+    except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
+        raise _damaged(name) from None
+
+
+def _rgb_from_image(image: Image.Image) -> Image.Image:
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _image_from_array(array: npt.NDArray[Any], bgr: bool) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
+        raise ImageError(
+            expected="a uint8 array of shape [H, W], [H, W, 3] or [H, W, 4]",
+            found=f"{array.dtype} of shape {list(array.shape)}",
+            action="Scale the values to 0..255, put the channels last, and pass one image at a time.",
+        )
+    _check_size((array.shape[1], array.shape[0]))
+    if channels == 1:
+        array = array.reshape(array.shape[:2])
+    elif bgr:
+        array = array[..., [2, 1, 0, 3][:channels]]
+    return _rgb_from_image(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def _check_size(size_wh: tuple[int, int]) -> None:
+    width, height = size_wh
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{width} x {height}")
+    if width < 1 or height < 1:
+        raise _damaged("the image")
+
+
+def _too_large(found: str) -> ImageError:
+    return ImageError(
+        expected=f"an image of at most {MAX_PIXELS // 1_000_000} megapixels",
+        found=f"{found} pixels",
+        action="Scale it down first; the model sees a small square of it anyway.",
+    )
+
+
+def _damaged(name: str) -> ImageError:
+    return ImageError(
+        expected="a whole image file", found=f"damaged or cut off data in {name}", action="Copy or save it again."
+    )

@@ -1,0 +1,264 @@
+"""PaliGemma as a user meets it: load a bundle, then detect, caption, ask, read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from paliedge.bundle import Bundle
+from paliedge.decoding import GeneratedToken, decode_greedily
+from paliedge.embedding import EmbeddingTable
+from paliedge.errors import UsageError
+from paliedge.images import ImageSource, load_image
+from paliedge.locations import parse_locations
+from paliedge.preprocess import Preprocessor
+from paliedge.prompt import PromptTokenizer
+from paliedge.results import DetectionResult, Generation, Timings
+from paliedge.session import FloatArray, Session
+
+SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
+"""A small PaliGemma that knows coloured shapes and printed words."""
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the vision encoder made of an image; good for any number of prompts.
+
+    Attributes:
+        features: [N, H] float32.
+        image_wh: width and height of the image in pixels.
+        preprocess_ms: decoding, resizing and normalising.
+        vision_ms: the vision encoder.
+    """
+
+    features: FloatArray
+    image_wh: tuple[int, int]
+    preprocess_ms: float
+    vision_ms: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One streamed token; `text` is empty while a character is incomplete."""
+
+    text: str
+    token_id: int
+    log_prob: float
+
+
+class PaliGemma:
+    """A loaded bundle. May be shared between threads.
+
+    Args:
+        bundle: an opened bundle.
+        session: what runs its graphs.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:  # type: ignore[type-arg]  # any cache
+        manifest = bundle.manifest
+        self.manifest = manifest
+        self._session = session
+        self._tokenizer = PromptTokenizer(bundle.path(manifest.tokenizer), manifest.tokens)
+        self._preprocess = Preprocessor(manifest.preprocess, manifest.model.vision.image_size)
+        self._embed = EmbeddingTable(bundle)
+        self._idle_caches = [session.new_cache()]
+
+    @classmethod
+    def load(cls, bundle: str | Path = SHIPPED_BUNDLE, *, num_threads: int = 0) -> PaliGemma:
+        """Open a bundle and load its graphs with ONNX Runtime on the CPU.
+
+        Args:
+            bundle: the folder; without it the shapes model that paliedge ships.
+            num_threads: for the operators; 0 takes every core this process may use.
+
+        Raises:
+            BundleError: no bundle there, or one that is damaged.
+            EngineMismatchError: a bundle without graphs for the CPU.
+            MissingExtraError: onnxruntime is not installed.
+        """
+        from paliedge.ort_session import OrtSession
+
+        opened = Bundle(Path(bundle))
+        return cls(opened, OrtSession(opened, num_threads))
+
+    def encode(self, image: ImageSource, *, bgr: bool = False) -> EncodedImage:
+        """Run the vision encoder once, for several prompts on one image.
+
+        Raises:
+            ImageError: see `paliedge.images.load_image`.
+        """
+        started = time.perf_counter()
+        picture = load_image(image, bgr=bgr)
+        pixel_values = self._preprocess(picture)
+        preprocessed = time.perf_counter()
+        features = self._session.encode_image(pixel_values)
+        encoded = time.perf_counter()
+        times = ((preprocessed - started) * 1000, (encoded - preprocessed) * 1000)
+        return EncodedImage(features, picture.size, *times)
+
+    def generate(
+        self,
+        image: ImageSource | EncodedImage,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        location_tokens: bool = True,
+        bgr: bool = False,
+    ) -> Generation:
+        """Answer a free prompt, greedily.
+
+        Args:
+            image: a path, the bytes of a file, PIL, a uint8 array, or an EncodedImage.
+            prompt: in PaliGemma's own words, such as `caption en`.
+            max_new_tokens: where to stop at the latest; the bundle's limit unless given.
+            location_tokens: `<locNNNN>` and `<segNNN>` in the prompt are tokens, not text.
+            bgr: an array's channels are in OpenCV's order.
+
+        Raises:
+            ImageError: the image cannot be read.
+            UsageError: the prompt or `max_new_tokens` is over the bundle's limit.
+        """
+        encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, location_tokens, bgr)
+        with self._decode(encoded, prefix, limit) as steps:
+            return self._collect(list(steps), encoded, reused=encoded is image)
+
+    def stream(
+        self,
+        image: ImageSource | EncodedImage,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        location_tokens: bool = True,
+        bgr: bool = False,
+    ) -> Iterator[Piece]:
+        """Like `generate`, a token at a time; the pieces' texts joined are its text."""
+        encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, location_tokens, bgr)
+        return self._stream(encoded, prefix, limit)
+
+    def detect(
+        self,
+        image: ImageSource | EncodedImage,
+        labels: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        bgr: bool = False,
+    ) -> DetectionResult:
+        """Find every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
+
+        Raises:
+            UsageError: no label, or too many for the bundle's limits.
+        """
+        text = labels if isinstance(labels, str) else " ; ".join(labels)
+        if not text.strip():
+            raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
+        prompt = self.manifest.prompts.detect.replace("{labels}", text)
+        encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, True, bgr)
+        with self._decode(encoded, prefix, limit) as steps:
+            answer = self._collect(list(steps), encoded, reused=encoded is image)
+        return self._locate(answer, encoded.image_wh)
+
+    def caption(self, image: ImageSource | EncodedImage, lang: str = "en", *, bgr: bool = False) -> Generation:
+        """Describe the image in one sentence; `lang` is a language code."""
+        return self.generate(image, self.manifest.prompts.caption.replace("{lang}", lang), bgr=bgr)
+
+    def ask(
+        self, image: ImageSource | EncodedImage, question: str, lang: str = "en", *, bgr: bool = False
+    ) -> Generation:
+        """Answer a question about the image."""
+        prompt = self.manifest.prompts.answer.replace("{lang}", lang).replace("{question}", question)
+        return self.generate(image, prompt, bgr=bgr)
+
+    def ocr(self, image: ImageSource | EncodedImage, *, bgr: bool = False) -> Generation:
+        """Read the text in the image."""
+        return self.generate(image, self.manifest.prompts.ocr, bgr=bgr)
+
+    def _prepare(
+        self,
+        image: ImageSource | EncodedImage,
+        prompt: str,
+        max_new_tokens: int | None,
+        location_tokens: bool,
+        bgr: bool,
+    ) -> tuple[EncodedImage, list[int], int]:
+        """Check everything that can be wrong, then encode the image."""
+        limits = self.manifest.limits
+        limit = limits.new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= limit <= limits.new_tokens:
+            raise UsageError(
+                expected=f"max_new_tokens from 1 to {limits.new_tokens}",
+                found=f"{limit}",
+                action="For longer answers export the checkpoint again with --max-new-tokens.",
+            )
+        prefix = self._tokenizer.encode_prefix(prompt, location_tokens=location_tokens)
+        room = limits.prefix - self.manifest.model.vision.num_image_tokens
+        if len(prefix) > room:
+            raise UsageError(
+                expected=f"a prompt of at most {room} tokens",
+                found=f"{len(prefix)}",
+                action="Shorten it, or export the checkpoint again with --max-prompt-tokens.",
+            )
+        encoded = image if isinstance(image, EncodedImage) else self.encode(image, bgr=bgr)
+        return encoded, prefix, limit
+
+    @contextmanager
+    def _decode(self, image: EncodedImage, prefix: list[int], limit: int) -> Iterator[Iterator[GeneratedToken]]:
+        """Decode with a cache that is nobody else's meanwhile and goes back afterwards."""
+        tokens = self.manifest.tokens
+        try:
+            cache = self._idle_caches.pop()
+        except IndexError:
+            cache = self._session.new_cache()
+        try:
+            yield decode_greedily(
+                self._session,
+                cache,
+                np.concatenate([image.features, self._embed(prefix)]),
+                lambda token: self._embed([token])[0],
+                eos=tokens.eos,
+                allowed=(0, tokens.vocab_size - 1),
+                max_new_tokens=limit,
+            )
+        finally:
+            self._idle_caches.append(cache)
+
+    def _stream(self, image: EncodedImage, prefix: list[int], limit: int) -> Iterator[Piece]:
+        decoder = self._tokenizer.decode_stream()
+        with self._decode(image, prefix, limit) as steps:
+            for step in steps:
+                if step.token != self.manifest.tokens.eos:
+                    yield Piece(decoder(step.token), step.token, step.log_prob)
+
+    def _collect(self, steps: list[GeneratedToken], image: EncodedImage, *, reused: bool) -> Generation:
+        stopped = steps[-1].token == self.manifest.tokens.eos
+        kept = steps[:-1] if stopped else steps
+        ids = tuple(step.token for step in kept)
+        return Generation(
+            text=self._tokenizer.decode(ids),
+            token_ids=ids,
+            log_probs=tuple(step.log_prob for step in kept),
+            finish_reason="stop" if stopped else "length",
+            timings=Timings(
+                preprocess_ms=0.0 if reused else image.preprocess_ms,
+                vision_ms=0.0 if reused else image.vision_ms,
+                prefill_ms=steps[0].ms,
+                decode_ms=tuple(step.ms for step in steps[1:]),
+            ),
+        )
+
+    def _locate(self, answer: Generation, image_wh: tuple[int, int]) -> DetectionResult:
+        parsed = parse_locations(answer.token_ids, self.manifest.tokens, self._tokenizer.decode, image_wh)
+        return DetectionResult(
+            text=answer.text,
+            token_ids=answer.token_ids,
+            log_probs=answer.log_probs,
+            finish_reason=answer.finish_reason,
+            timings=answer.timings,
+            detections=parsed.detections,
+            image_wh=image_wh,
+            num_malformed=parsed.num_malformed,
+        )

@@ -1,0 +1,94 @@
+"""What the model answers, with the times it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from paliedge.locations import Detection
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times in milliseconds.
+
+    `decode_ms` has one entry a decode step: the first token comes out of prefill, so there are
+    len(token_ids) - 1 of them, one more where the end-of-sequence token came by a step of its own.
+    `preprocess_ms` and `vision_ms` are 0 for an image that was encoded before.
+    """
+
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: tuple[float, ...]
+
+    @property
+    def total_ms(self) -> float:
+        return self.preprocess_ms + self.vision_ms + self.prefill_ms + sum(self.decode_ms)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: the answer; location tokens are spelled out.
+        token_ids: the generated ids without end-of-sequence.
+        log_probs: natural logarithm of each token's probability among all tokens.
+        finish_reason: "stop" at end-of-sequence, "length" at the token limit.
+        timings: milliseconds by stage.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "log_probs": [round(value, 5) for value in self.log_probs],
+            "finish_reason": self.finish_reason,
+            "timings": {
+                "preprocess_ms": round(self.timings.preprocess_ms, 3),
+                "vision_ms": round(self.timings.vision_ms, 3),
+                "prefill_ms": round(self.timings.prefill_ms, 3),
+                "decode_ms": [round(value, 3) for value in self.timings.decode_ms],
+                "total_ms": round(self.timings.total_ms, 3),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class DetectionResult(Generation):
+    """An answer with its boxes; a box that the token limit cut off is left out.
+
+    Attributes:
+        detections: in the order in which the model named them.
+        image_wh: width and height in pixels that the boxes refer to.
+        num_malformed: groups of location tokens that are no box.
+    """
+
+    detections: tuple[Detection, ...]
+    image_wh: tuple[int, int]
+    num_malformed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "detections": [
+                {
+                    "label": item.label,
+                    "box": [round(value, 2) for value in item.box],
+                    "box_normalized": [round(value, 5) for value in item.box_normalized],
+                }
+                for item in self.detections
+            ],
+            "image_wh": list(self.image_wh),
+            "num_malformed": self.num_malformed,
+            **super().to_dict(),
+        }
