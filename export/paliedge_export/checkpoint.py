@@ -17,9 +17,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks it for
 import numpy as np
 import numpy.typing as npt
+from paliedge.errors import CheckpointError
 from safetensors import SafetensorError, safe_open
 
-from paliedge.errors import CheckpointError
 from paliedge_export.config import ModelConfig
 
 EMBED_TOKENS = "language_model.embed_tokens.weight"
@@ -111,7 +111,9 @@ class Checkpoint(Mapping[str, Array]):
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
+import numpy.typing as npt
 from paliedge.bundle import Bundle, Comparison
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import PrecisionError
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
+from PIL import Image
+
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
 
 LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
@@ -38,7 +39,7 @@ class _Runner:
         self._embed = EmbeddingTable(bundle)
         self._allowed = (0, manifest.tokens.vocab_size - 1)
 
-    def encode(self, image: np.ndarray) -> FloatArray:  # type: ignore[type-arg]
+    def encode(self, image: npt.NDArray[np.uint8]) -> FloatArray:
         return self._session.encode_image(self._preprocess(Image.fromarray(image)))
 
     def decode(self, features: FloatArray, prompt: str, forced: list[int] | None) -> tuple[list[int], list[float]]:

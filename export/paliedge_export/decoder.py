@@ -197,9 +197,7 @@ def _last_hidden(graph: GraphBuilder, x: str, start: str, prefix_length: str) ->
     return graph.op("GatherND", x, index, batch_dims=1)
 
 
-def _choose_token(
-    graph: GraphBuilder, text: TextConfig, hidden: str, head: str, vocab_size: int, allowed: str
-) -> None:
+def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, head: str, vocab_size: int, allowed: str) -> None:
     """Logits over the real vocabulary, the best allowed one and its log-probability among all."""
     if graph.compute_type == np.float32:
         logits = graph.op("Gemm", hidden, head, transB=1)

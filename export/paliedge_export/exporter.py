@@ -16,7 +16,6 @@ from typing import Literal
 import msgspec
 import numpy as np
 import onnx
-
 from paliedge import __version__
 from paliedge.bundle import (
     MANIFEST,
@@ -37,6 +36,7 @@ from paliedge.bundle import (
     publish_bundle,
     write_manifest,
 )
+
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
 from paliedge_export.config import ModelConfig, read_config
@@ -135,9 +135,7 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
         head = graph.external(EMBED_TOKENS, dtype, shape, table, 0, size) if _head_is_table(tensors, config) else None
         add_decoder(graph, tensors, config, tokens.vocab_size, head)
 
-    vision = _write_graph(
-        folder, "vision_encoder", precision, lambda graph: add_vision_encoder(graph, tensors, config)
-    )
+    vision = _write_graph(folder, "vision_encoder", precision, lambda graph: add_vision_encoder(graph, tensors, config))
     decoder = _write_graph(folder, "decoder", precision, add_tied_decoder)
     manifest = Manifest(
         format_version=1,
@@ -146,9 +144,7 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
         preprocess=read_preprocess(source.folder, config.vision.image_size),
         tokens=tokens,
         prompts=Prompts(),
-        limits=msgspec.structs.replace(
-            source.limits, prefix=source.limits.prefix + config.vision.num_image_tokens
-        ),
+        limits=msgspec.structs.replace(source.limits, prefix=source.limits.prefix + config.vision.num_image_tokens),
         embedding=Embedding(
             file=table, dtype=dtype, rows=tokens.vocab_size, scale=float(np.sqrt(np.float32(config.text.hidden_size)))
         ),

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
-
 from paliedge.bundle import Preprocess, Tokens
 from paliedge.errors import CheckpointError
+from tokenizers import Tokenizer
 
 _RESAMPLE: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
 
@@ -30,16 +29,17 @@ def read_tokens(folder: Path) -> Tokens:
             action="Take tokenizer.json from the checkpoint that yours was trained from.",
         ) from None
     names = ("<bos>", "<eos>", "<pad>", "<image>", "<loc0000>", "<loc1023>", "<seg000>", "<seg127>")
-    ids = {name: tokenizer.token_to_id(name) for name in names}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    ids = {name: vocabulary.get(name, -1) for name in names}
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
-    absent = [name for name, index in ids.items() if index is None]
+    absent = [name for name, index in ids.items() if index < 0]
     if absent or len(newline) != 1 or ids["<loc1023>"] - ids["<loc0000>"] != 1023:
         raise CheckpointError(
             expected="a tokenizer with 1024 location, 128 segmentation and image tokens and a newline token",
             found=f"none of {', '.join(absent)}" if absent else "other ids than PaliGemma's order gives",
             action="This is a plain Gemma tokenizer; take tokenizer.json from a PaliGemma checkpoint.",
         )
-    highest = max(index for name, index in tokenizer.get_vocab(with_added_tokens=True).items() if name != "<image>")
+    highest = max(index for name, index in vocabulary.items() if name != "<image>")
     return Tokens(
         bos=ids["<bos>"],
         eos=ids["<eos>"],

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+from paliedge.prompt import PromptTokenizer
 from PIL import Image
 
-from paliedge.prompt import PromptTokenizer
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
 from paliedge_export.metadata import read_tokens
 
@@ -62,7 +63,7 @@ def reference_logits(
     image_token: int,
     vocab_size: int,
     num_new_tokens: int,
-) -> np.ndarray:  # type: ignore[type-arg]
+) -> npt.NDArray[np.float32]:
     """Greedy decoding past end-of-sequence: logits [num_new_tokens, vocab_size] float32.
 
     Called with token_type_ids, without which transformers masks the prefix causally.
@@ -89,4 +90,5 @@ def reference_logits(
             use_cache=True,
         )
         rows.append(output.logits[0, -1, :vocab_size])
-    return torch.stack(rows).float().numpy()
+    logits: npt.NDArray[np.float32] = torch.stack(rows).float().numpy()
+    return logits

@@ -21,8 +21,14 @@ def add_vision_encoder(graph: GraphBuilder, checkpoint: Checkpoint, config: Mode
     x = _embed_patches(graph, checkpoint, vision, pixels)
     for index in range(vision.num_layers):
         name = f"vision_tower.encoder.layers.{index}"
-        x = graph.op("Add", x, _attend(graph, checkpoint, vision, name, _norm(graph, checkpoint, vision, f"{name}.layer_norm1", x)))
-        hidden = _linear(graph, checkpoint, f"{name}.mlp.fc1", _norm(graph, checkpoint, vision, f"{name}.layer_norm2", x))
+        x = graph.op(
+            "Add",
+            x,
+            _attend(graph, checkpoint, vision, name, _norm(graph, checkpoint, vision, f"{name}.layer_norm1", x)),
+        )
+        hidden = _linear(
+            graph, checkpoint, f"{name}.mlp.fc1", _norm(graph, checkpoint, vision, f"{name}.layer_norm2", x)
+        )
         hidden = graph.op("Gelu", hidden, approximate="tanh")
         x = graph.op("Add", x, _linear(graph, checkpoint, f"{name}.mlp.fc2", hidden))
     x = _norm(graph, checkpoint, vision, "vision_tower.post_layernorm", x)
@@ -51,9 +57,7 @@ def _attend(graph: GraphBuilder, checkpoint: Checkpoint, vision: VisionConfig, n
     bias = np.concatenate([checkpoint[f"{part}.bias"] for part in parts])
     qkv = graph.linear(x, f"{name}.self_attn.qkv_proj", weight, bias)
     query, key, value = graph.split(qkv, [vision.hidden_size] * 3, axis=-1)
-    attended = graph.op(
-        "MultiHeadAttention", query, key, value, domain="com.microsoft", num_heads=vision.num_heads
-    )
+    attended = graph.op("MultiHeadAttention", query, key, value, domain="com.microsoft", num_heads=vision.num_heads)
     return _linear(graph, checkpoint, f"{name}.self_attn.out_proj", attended)
 
 

@@ -1,21 +1,20 @@
 """PaliGemma and PaliGemma 2 on Jetson-class hardware, without torch.
 
-    from paliedge import PaliGemma
+from paliedge import PaliGemma
 
-    model = PaliGemma.load("bundle")
-    for found in model.detect("photo.jpg", ["cat", "dog"]).detections:
-        print(found.label, found.box)
+model = PaliGemma.load("bundle")
+for found in model.detect("photo.jpg", ["cat", "dog"]).detections:
+    print(found.label, found.box)
 """
 
 from paliedge.errors import PaliEdgeError
 from paliedge.locations import Detection
 from paliedge.model import EncodedImage, PaliGemma, Piece
-from paliedge.results import DetectionResult, Generation, Timings
+from paliedge.results import Generation, Timings
 
 __version__ = "0.1.0"
 __all__ = [
     "Detection",
-    "DetectionResult",
     "EncodedImage",
     "Generation",
     "PaliEdgeError",

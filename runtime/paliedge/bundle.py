@@ -36,14 +36,14 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class File(_Strict):
+class File(_Strict, frozen=True):
     """Size in bytes and digest of one file of the bundle."""
 
     size: Annotated[int, msgspec.Meta(ge=0)]
     sha256: Sha256
 
 
-class Producer(_Strict):
+class Producer(_Strict, frozen=True):
     """Who wrote the bundle, from which checkpoint."""
 
     paliedge: str
@@ -51,7 +51,7 @@ class Producer(_Strict):
     checkpoint: str
 
 
-class Vision(_Strict):
+class Vision(_Strict, frozen=True):
     """Dimensions of the vision encoder; `image_size` in pixels, square."""
 
     image_size: Count
@@ -61,7 +61,7 @@ class Vision(_Strict):
     num_image_tokens: Count
 
 
-class Text(_Strict):
+class Text(_Strict, frozen=True):
     """Dimensions of the decoder."""
 
     num_layers: Count
@@ -71,7 +71,7 @@ class Text(_Strict):
     head_dim: Count
 
 
-class Model(_Strict):
+class Model(_Strict, frozen=True):
     """Dimensions of the model; `family` is `paligemma` or `paligemma2`."""
 
     family: Literal["paligemma", "paligemma2"]
@@ -79,7 +79,7 @@ class Model(_Strict):
     text: Text
 
 
-class Preprocess(_Strict):
+class Preprocess(_Strict, frozen=True):
     """Resize to the square by `resample`, then (value / 255 - mean) / std, channels first."""
 
     resample: Literal["bicubic", "bilinear"]
@@ -87,7 +87,7 @@ class Preprocess(_Strict):
     std: tuple[float, float, float]
 
 
-class Tokens(_Strict):
+class Tokens(_Strict, frozen=True):
     """Token ids. Ids from `vocab_size` on are no tokens and are never generated."""
 
     bos: TokenId
@@ -102,7 +102,7 @@ class Tokens(_Strict):
     vocab_size: Count
 
 
-class Prompts(_Strict):
+class Prompts(_Strict, frozen=True):
     """This checkpoint's prompt templates; `{labels}`, `{lang}` and `{question}` are filled in."""
 
     detect: str = "detect {labels}"
@@ -111,14 +111,14 @@ class Prompts(_Strict):
     ocr: str = "ocr"
 
 
-class Limits(_Strict):
+class Limits(_Strict, frozen=True):
     """`prefix`: image and prompt tokens of a request; `new_tokens`: generated ones."""
 
     prefix: Count
     new_tokens: Count
 
 
-class Embedding(_Strict):
+class Embedding(_Strict, frozen=True):
     """The embedding table [rows, hidden], kept on the host; a row times `scale` is an input embedding."""
 
     file: FileName
@@ -127,7 +127,7 @@ class Embedding(_Strict):
     scale: float
 
 
-class Tensor(_Strict):
+class Tensor(_Strict, frozen=True):
     """A graph's input or output; unknown sizes are names."""
 
     name: str
@@ -135,7 +135,7 @@ class Tensor(_Strict):
     shape: tuple[Dimension, ...]
 
 
-class Graph(_Strict):
+class Graph(_Strict, frozen=True):
     """One ONNX graph of one target, with the files that hold its weights."""
 
     file: FileName
@@ -144,7 +144,7 @@ class Graph(_Strict):
     outputs: tuple[Tensor, ...]
 
 
-class Target(_Strict):
+class Target(_Strict, frozen=True):
     """The lowering for one kind of runtime. Cache tensors are [batch, kv heads, capacity, head_dim]."""
 
     precision: Literal["fp32", "fp16"]
@@ -152,7 +152,7 @@ class Target(_Strict):
     decoder: Graph
 
 
-class Comparison(_Strict):
+class Comparison(_Strict, frozen=True):
     """What the export's last step measured against `reference`.
 
     `image_features_error` is relative to the largest feature, `log_prob_error` in nats;
@@ -165,7 +165,7 @@ class Comparison(_Strict):
     token_match: float
 
 
-class Manifest(_Strict):
+class Manifest(_Strict, frozen=True):
     """The content of `bundle.json`."""
 
     format_version: Literal[1]

@@ -22,4 +22,5 @@ class EmbeddingTable:
     def __call__(self, token_ids: Sequence[int]) -> FloatArray:
         """[S] ids -> [S, H] float32."""
         rows: FloatArray = self._table[list(token_ids)].astype(np.float32)
-        return rows * self._scale
+        rows *= self._scale
+        return rows

@@ -18,7 +18,7 @@ from paliedge.images import ImageSource, load_image
 from paliedge.locations import parse_locations
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
-from paliedge.results import DetectionResult, Generation, Timings
+from paliedge.results import Generation, Timings
 from paliedge.session import FloatArray, Session
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
@@ -147,7 +147,7 @@ class PaliGemma:
         *,
         max_new_tokens: int | None = None,
         bgr: bool = False,
-    ) -> DetectionResult:
+    ) -> Generation:
         """Find every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
 
         Raises:
@@ -157,25 +157,38 @@ class PaliGemma:
         if not text.strip():
             raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
         prompt = self.manifest.prompts.detect.replace("{labels}", text)
-        encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, True, bgr)
-        with self._decode(encoded, prefix, limit) as steps:
-            answer = self._collect(list(steps), encoded, reused=encoded is image)
-        return self._locate(answer, encoded.image_wh)
+        return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
-    def caption(self, image: ImageSource | EncodedImage, lang: str = "en", *, bgr: bool = False) -> Generation:
+    def caption(
+        self,
+        image: ImageSource | EncodedImage,
+        lang: str = "en",
+        *,
+        max_new_tokens: int | None = None,
+        bgr: bool = False,
+    ) -> Generation:
         """Describe the image in one sentence; `lang` is a language code."""
-        return self.generate(image, self.manifest.prompts.caption.replace("{lang}", lang), bgr=bgr)
+        prompt = self.manifest.prompts.caption.replace("{lang}", lang)
+        return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def ask(
-        self, image: ImageSource | EncodedImage, question: str, lang: str = "en", *, bgr: bool = False
+        self,
+        image: ImageSource | EncodedImage,
+        question: str,
+        lang: str = "en",
+        *,
+        max_new_tokens: int | None = None,
+        bgr: bool = False,
     ) -> Generation:
         """Answer a question about the image."""
         prompt = self.manifest.prompts.answer.replace("{lang}", lang).replace("{question}", question)
-        return self.generate(image, prompt, bgr=bgr)
+        return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
-    def ocr(self, image: ImageSource | EncodedImage, *, bgr: bool = False) -> Generation:
+    def ocr(
+        self, image: ImageSource | EncodedImage, *, max_new_tokens: int | None = None, bgr: bool = False
+    ) -> Generation:
         """Read the text in the image."""
-        return self.generate(image, self.manifest.prompts.ocr, bgr=bgr)
+        return self.generate(image, self.manifest.prompts.ocr, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def _prepare(
         self,
@@ -237,10 +250,14 @@ class PaliGemma:
         stopped = steps[-1].token == self.manifest.tokens.eos
         kept = steps[:-1] if stopped else steps
         ids = tuple(step.token for step in kept)
+        parsed = parse_locations(ids, self.manifest.tokens, self._tokenizer.decode, image.image_wh)
         return Generation(
             text=self._tokenizer.decode(ids),
             token_ids=ids,
             log_probs=tuple(step.log_prob for step in kept),
+            detections=parsed.detections,
+            num_malformed=parsed.num_malformed,
+            image_wh=image.image_wh,
             finish_reason="stop" if stopped else "length",
             timings=Timings(
                 preprocess_ms=0.0 if reused else image.preprocess_ms,
@@ -248,17 +265,4 @@ class PaliGemma:
                 prefill_ms=steps[0].ms,
                 decode_ms=tuple(step.ms for step in steps[1:]),
             ),
-        )
-
-    def _locate(self, answer: Generation, image_wh: tuple[int, int]) -> DetectionResult:
-        parsed = parse_locations(answer.token_ids, self.manifest.tokens, self._tokenizer.decode, image_wh)
-        return DetectionResult(
-            text=answer.text,
-            token_ids=answer.token_ids,
-            log_probs=answer.log_probs,
-            finish_reason=answer.finish_reason,
-            timings=answer.timings,
-            detections=parsed.detections,
-            image_wh=image_wh,
-            num_malformed=parsed.num_malformed,
         )

@@ -37,7 +37,8 @@ class OrtCache:
         for tensor in target.decoder.inputs:
             if tensor.name.startswith("past_key_values."):
                 heads, dim = tensor.shape[1], tensor.shape[3]
-                assert isinstance(heads, int) and isinstance(dim, int)
+                assert isinstance(heads, int)
+                assert isinstance(dim, int)
                 present = tensor.name.replace("past_key_values.", "present.")
                 self.buffers[present] = np.zeros((1, heads, capacity, dim), tensor.dtype)
                 self.rows[present] = np.empty((1, heads, 1, dim), tensor.dtype)
@@ -76,7 +77,9 @@ class OrtSession:
         self._vision = _load(bundle.path(self._target.vision_encoder.file), num_threads)
         self._decoder = _load(bundle.path(self._target.decoder.file), num_threads)
         self._empty = {
-            tensor.name: np.zeros([size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype)
+            tensor.name: np.zeros(
+                [size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype
+            )
             for tensor in self._target.decoder.inputs
             if tensor.name.startswith("past_key_values.")
         }
@@ -84,7 +87,8 @@ class OrtSession:
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
         (features,) = self._vision.run(["image_features"], {"pixel_values": pixel_values})
-        return np.asarray(features, np.float32)[0]
+        image_features: FloatArray = features[0]
+        return image_features
 
     def new_cache(self) -> OrtCache:
         return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity)

@@ -37,6 +37,9 @@ class Generation:
         text: the answer; location tokens are spelled out.
         token_ids: the generated ids without end-of-sequence.
         log_probs: natural logarithm of each token's probability among all tokens.
+        detections: the boxes in it, in the model's order; one that the token limit cut off is left out.
+        num_malformed: groups of location tokens in it that are no box.
+        image_wh: width and height in pixels that the boxes refer to.
         finish_reason: "stop" at end-of-sequence, "length" at the token limit.
         timings: milliseconds by stage.
     """
@@ -44,6 +47,9 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
+    detections: tuple[Detection, ...]
+    num_malformed: int
+    image_wh: tuple[int, int]
     finish_reason: FinishReason
     timings: Timings
 
@@ -51,6 +57,16 @@ class Generation:
         """Plain values, as `--json` prints them."""
         return {
             "text": self.text,
+            "detections": [
+                {
+                    "label": item.label,
+                    "box": [round(value, 2) for value in item.box],
+                    "box_normalized": [round(value, 5) for value in item.box_normalized],
+                }
+                for item in self.detections
+            ],
+            "num_malformed": self.num_malformed,
+            "image_wh": list(self.image_wh),
             "token_ids": list(self.token_ids),
             "log_probs": [round(value, 5) for value in self.log_probs],
             "finish_reason": self.finish_reason,
@@ -61,34 +77,4 @@ class Generation:
                 "decode_ms": [round(value, 3) for value in self.timings.decode_ms],
                 "total_ms": round(self.timings.total_ms, 3),
             },
-        }
-
-
-@dataclass(frozen=True)
-class DetectionResult(Generation):
-    """An answer with its boxes; a box that the token limit cut off is left out.
-
-    Attributes:
-        detections: in the order in which the model named them.
-        image_wh: width and height in pixels that the boxes refer to.
-        num_malformed: groups of location tokens that are no box.
-    """
-
-    detections: tuple[Detection, ...]
-    image_wh: tuple[int, int]
-    num_malformed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "detections": [
-                {
-                    "label": item.label,
-                    "box": [round(value, 2) for value in item.box],
-                    "box_normalized": [round(value, 5) for value in item.box_normalized],
-                }
-                for item in self.detections
-            ],
-            "image_wh": list(self.image_wh),
-            "num_malformed": self.num_malformed,
-            **super().to_dict(),
         }

@@ -1,0 +1,1 @@
+"""From a PaliGemma checkpoint to a paliedge bundle, without torch."""

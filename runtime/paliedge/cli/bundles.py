@@ -1,0 +1,120 @@
+"""The verbs about bundles: what is in one, is it whole, show me."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from paliedge.cli.predict import load_model, model_options, print_answer, save_picture
+
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="The answer as JSON."
+)
+_bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
+DEMO_SCENES = Path(__file__).parents[1] / "scenes"
+
+
+@click.command()
+@_bundle_argument
+@_json_option
+def info(bundle: Path | None, as_json: bool) -> None:
+    """Say what a bundle holds; without BUNDLE, the shipped one."""
+    import msgspec
+
+    from paliedge.bundle import Bundle
+    from paliedge.model import SHIPPED_BUNDLE
+
+    manifest = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False).manifest
+    if as_json:
+        click.echo(msgspec.json.encode(manifest))
+        return
+    vision, text, limits = manifest.model.vision, manifest.model.text, manifest.limits
+    rows = {
+        "bundle": str(bundle or SHIPPED_BUNDLE),
+        "checkpoint": f"{manifest.producer.checkpoint} ({manifest.model.family})",
+        "exported by": f"paliedge {manifest.producer.paliedge}",
+        "vision": f"{vision.image_size} x {vision.image_size} pixels, {vision.num_image_tokens} tokens, "
+        f"{vision.num_layers} layers of width {vision.hidden_size}",
+        "decoder": f"{text.num_layers} layers of width {text.hidden_size}, "
+        f"{text.num_heads} heads on {text.num_kv_heads} KV heads",
+        "limits": f"{limits.prefix - vision.num_image_tokens} prompt tokens, {limits.new_tokens} new tokens",
+    }
+    for name, target in sorted(manifest.targets.items()):
+        names = {manifest.embedding.file, *target.vision_encoder.weights, *target.decoder.weights}
+        size = sum(manifest.files[name].size for name in names) / 1e6
+        rows[f"target {name}"] = f"{target.precision}, {size:.1f} MB of weights"
+    if manifest.comparison:
+        found = manifest.comparison
+        rows["compared"] = (
+            f"with {found.reference}: features off by {found.image_features_error:.1e}, "
+            f"log-probabilities by {found.log_prob_error:.1e}, {found.token_match:.1%} of tokens equal"
+        )
+    for name, value in rows.items():
+        click.echo(f"{name:<12} {value}")
+
+
+@click.command()
+@_bundle_argument
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, envvar="PALIEDGE_THREADS", show_envvar=True, help="See `detect`."
+)
+@_json_option
+def verify(bundle: Path | None, threads: int, as_json: bool) -> None:
+    """Read every file of a bundle again, then let this machine repeat its golden answers."""
+    from paliedge.bundle import Bundle
+    from paliedge.golden import verify_golden
+    from paliedge.model import SHIPPED_BUNDLE
+
+    opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
+    opened.verify_hashes()
+    report = verify_golden(opened, load_model(opened.folder, threads))
+    golden = report._asdict() if report else None
+    if as_json:
+        click.echo(
+            json.dumps({"bundle": str(opened.folder), "num_files": len(opened.manifest.files), "golden": golden})
+        )
+        return
+    click.echo(f"{opened.folder}: {len(opened.manifest.files)} files as exported")
+    if report:
+        click.echo(f"{report.num_equal} of {report.num_answers} golden answers equal, {report.num_ties} left at a tie")
+    else:
+        click.echo("this bundle has no golden answers")
+
+
+@click.command()
+@model_options
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo_output"),
+    show_default=True,
+    envvar="PALIEDGE_SAVE",
+    show_envvar=True,
+    help="Folder for annotated pictures.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="Answers as JSON lines."
+)
+def demo(bundle: Path | None, threads: int, save: Path, as_json: bool) -> None:
+    """Detect, caption, count and read on the sample scenes that ship with paliedge."""
+    from paliedge.images import load_image
+
+    model = load_model(bundle, threads)
+    for scene in json.loads((DEMO_SCENES / "scenes.json").read_text()):
+        image = load_image(DEMO_SCENES / scene["file"])
+        encoded = model.encode(image)
+        found = model.detect(encoded, scene["detect"])
+        answers = {
+            f"detect {' ; '.join(scene['detect'])}": found,
+            "caption en": model.caption(encoded),
+            f"answer en {scene['ask']}": model.ask(encoded, scene["ask"]),
+            "ocr": model.ocr(encoded),
+        }
+        for prompt, answer in answers.items():
+            print_answer(f"{scene['file']}: {prompt}", answer, as_json)
+        save_picture(image, found, save / scene["file"])
+
+
+VERBS = (info, verify, demo)

@@ -1,0 +1,65 @@
+"""The group of verbs: how errors leave, and which verbs there are.
+
+Modules that load a model are imported by the verb that needs them, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import click
+
+from paliedge.errors import PaliEdgeError
+
+_INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """Knows the verbs of installed extensions; turns errors into three lines and an exit code."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted({*super().list_commands(context), *entry_points(group="paliedge.verbs").names})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        command = super().get_command(context, name)
+        if command:
+            return command
+        for extension in entry_points(group="paliedge.verbs", name=name):
+            loaded = extension.load()
+            assert isinstance(loaded, click.Command)
+            return loaded
+        return None
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except PaliEdgeError as error:
+            print_error(error)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            context.exit(_INTERRUPTED)
+
+
+def print_error(error: PaliEdgeError, source: str | None = None) -> None:
+    """Three lines on stderr: expected, found, what to do."""
+    click.echo(f"error: {source + ': ' if source else ''}expected {error.expected}", err=True)
+    click.echo(f"       found {error.found}", err=True)
+    click.echo(f"       {error.action}", err=True)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="paliedge")
+def main() -> None:
+    """PaliGemma on edge devices: detect, caption, answer, read text.
+
+    Every option can be set by the environment variable shown beside it.
+    Exit codes: 0 ok, 1 run-time error, 2 usage, 3 damaged bundle, 4 bundle does not fit this
+    machine, 5 unreadable input, 6 some inputs failed.
+    """
+
+
+from paliedge.cli import bundles, predict  # noqa: E402  registers the verbs
+
+for _verb in (*predict.VERBS, *bundles.VERBS):
+    main.add_command(_verb)

@@ -1,0 +1,222 @@
+"""The verbs that look at pictures."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from paliedge.errors import ImageError, PaliEdgeError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from paliedge.model import PaliGemma
+    from paliedge.results import Generation
+
+    _Answer = Callable[[PaliGemma, Image.Image], Generation]
+
+SOME_FAILED = 6
+_Verb = TypeVar("_Verb", bound=Callable[..., None])
+
+
+def model_options(verb: _Verb) -> _Verb:
+    """`-m` and `--threads`."""
+    verb = click.option(
+        "-m",
+        "--model",
+        "bundle",
+        type=click.Path(path_type=Path),
+        envvar="PALIEDGE_MODEL",
+        show_envvar=True,
+        help="Bundle folder; without it the shipped shapes model.",
+    )(verb)
+    return click.option(
+        "--threads",
+        type=click.IntRange(0),
+        default=0,
+        envvar="PALIEDGE_THREADS",
+        show_envvar=True,
+        help="Threads of the operators; 0 takes every core.",
+    )(verb)
+
+
+def _answer_options(verb: _Verb) -> _Verb:
+    verb = model_options(verb)
+    verb = click.option(
+        "--save",
+        type=click.Path(path_type=Path, file_okay=False),
+        envvar="PALIEDGE_SAVE",
+        show_envvar=True,
+        help="Folder for annotated pictures.",
+    )(verb)
+    verb = click.option(
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        envvar="PALIEDGE_MAX_NEW_TOKENS",
+        show_envvar=True,
+        help="Stop after this many tokens; the bundle's limit unless given.",
+    )(verb)
+    return click.option(
+        "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="One JSON object a picture."
+    )(verb)
+
+
+_lang_option = click.option(
+    "--lang", default="en", show_default=True, envvar="PALIEDGE_LANG", show_envvar=True, help="Language code."
+)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("labels")
+@_answer_options
+def detect(source: str, labels: str, max_new_tokens: int | None, **options: Any) -> None:
+    """Find every instance of LABELS, such as "cat ; dog".
+
+    SOURCE is a picture, a folder of pictures or a glob pattern.
+    """
+    _answer_all(source, lambda model, image: model.detect(image, labels, max_new_tokens=max_new_tokens), **options)
+
+
+@click.command()
+@click.argument("source")
+@_lang_option
+@_answer_options
+def caption(source: str, lang: str, max_new_tokens: int | None, **options: Any) -> None:
+    """Describe each picture in one sentence."""
+    _answer_all(source, lambda model, image: model.caption(image, lang, max_new_tokens=max_new_tokens), **options)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("question")
+@_lang_option
+@_answer_options
+def ask(source: str, question: str, lang: str, max_new_tokens: int | None, **options: Any) -> None:
+    """Answer QUESTION about each picture."""
+    _answer_all(source, lambda model, image: model.ask(image, question, lang, max_new_tokens=max_new_tokens), **options)
+
+
+@click.command()
+@click.argument("source")
+@_answer_options
+def ocr(source: str, max_new_tokens: int | None, **options: Any) -> None:
+    """Read the text in each picture."""
+    _answer_all(source, lambda model, image: model.ocr(image, max_new_tokens=max_new_tokens), **options)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("prompt")
+@_answer_options
+def predict(source: str, prompt: str, max_new_tokens: int | None, **options: Any) -> None:
+    """Answer a free PROMPT in the model's own words, such as "caption de"."""
+    _answer_all(source, lambda model, image: model.generate(image, prompt, max_new_tokens=max_new_tokens), **options)
+
+
+VERBS = (detect, caption, ask, ocr, predict)
+
+
+def load_model(bundle: Path | None, threads: int) -> PaliGemma:
+    """The bundle's model; says so where it is the shipped one."""
+    from paliedge.model import SHIPPED_BUNDLE, PaliGemma
+
+    if bundle is None:
+        click.echo("no -m BUNDLE given: using the shapes model that ships with paliedge", err=True)
+    return PaliGemma.load(bundle or SHIPPED_BUNDLE, num_threads=threads)
+
+
+def find_sources(source: str) -> list[Path]:
+    """The pictures that SOURCE names, sorted.
+
+    Raises:
+        ImageError: there is none.
+    """
+    from paliedge.images import SUFFIXES
+
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+    elif glob.has_magic(source) and not path.exists():
+        found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
+    else:
+        found = [path]
+    if not found:
+        raise ImageError(
+            expected=f"pictures at {source}",
+            found="none with a name that ends in " + ", ".join(SUFFIXES) if path.is_dir() else "no match",
+            action="Check the path or quote the pattern.",
+        )
+    return found
+
+
+def _answer_all(
+    source: str, answer: _Answer, *, bundle: Path | None, threads: int, save: Path | None, as_json: bool
+) -> None:
+    """Answer for every picture; a bad one is reported and the others are done."""
+    from paliedge.images import load_image
+
+    paths = find_sources(source)
+    model = load_model(bundle, threads)
+    errors: list[PaliEdgeError] = []
+    taken: set[Path] = {path.resolve() for path in paths}
+    show_progress = len(paths) > 1 and click.get_text_stream("stderr").isatty()
+    for index, path in enumerate(paths, 1):
+        if show_progress:
+            click.echo(f"[{index}/{len(paths)}] {path}", err=True)
+        try:
+            image = load_image(path)
+            result = answer(model, image)
+        except ImageError as error:
+            errors.append(error)
+            if as_json:
+                parts = {"expected": error.expected, "found": error.found, "action": error.action}
+                click.echo(json.dumps({"source": str(path), "error": parts}, ensure_ascii=False))
+            else:
+                from paliedge.cli.main import print_error
+
+                print_error(error, str(path))
+            continue
+        print_answer(str(path), result, as_json)
+        if save:
+            save_picture(image, result, _free_name(save, path, taken))
+    if errors:
+        click.get_current_context().exit(SOME_FAILED if len(errors) < len(paths) else errors[0].exit_code)
+
+
+def print_answer(source: str, result: Generation, as_json: bool) -> None:
+    """The answer on stdout: a line for each box, or its text."""
+    if as_json:
+        click.echo(json.dumps({"source": source, **result.to_dict()}, ensure_ascii=False))
+        return
+    for found in result.detections:
+        click.echo(f"{source}: {found.label} " + " ".join(f"{edge:.1f}" for edge in found.box))
+    if not result.detections:
+        click.echo(f"{source}: {result.text or 'nothing found'}")
+    if result.finish_reason == "length":
+        click.echo(f"{source}: the answer was cut off at the token limit", err=True)
+
+
+def save_picture(image: Image.Image, result: Generation, path: Path) -> None:
+    """Write the annotated picture."""
+    from paliedge.draw import draw_answer, draw_detections
+
+    picture = draw_detections(image, result.detections) if result.detections else draw_answer(image, result.text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    click.echo(f"saved {path}", err=True)
+
+
+def _free_name(folder: Path, source: Path, taken: set[Path]) -> Path:
+    """A name for the picture made from `source`; neither a source nor another picture of this run."""
+    for number in range(1, len(taken) + 2):
+        name = f"{source.stem}.png" if number == 1 else f"{source.stem}-{number}.png"
+        if (path := (folder / name).resolve()) not in taken:
+            break
+    taken.add(path)
+    return folder / name
