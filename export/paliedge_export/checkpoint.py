@@ -1,4 +1,4 @@
-"""A checkpoint's tensors under one spelling, read from memory-mapped safetensors.
+"""A checkpoint's tensors under one spelling, read one at a time from safetensors.
 
 transformers has written PaliGemma's names in several ways; `canonical_name` maps them all to the
 newest one without its leading `model.`. Knows nothing of graphs.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks it for
@@ -88,8 +87,20 @@ def _text_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "language_model.norm.weight", (width,)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies, and what its file's header says of it."""
+
+    path: Path
+    key: str
+    shape: Shape
+    dtype: str
+
+
 class Checkpoint(Mapping[str, Array]):
-    """Tensors by canonical name, each read from its mapped file when asked for.
+    """Tensors by canonical name, each read from its file when asked for.
+
+    A file is mapped only while it is read: pages of a map that stays count as this process's memory.
 
     Raises:
         CheckpointError: no weights, a shard that is missing or damaged, a tensor that is missing,
@@ -98,64 +109,48 @@ class Checkpoint(Mapping[str, Array]):
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
-        self._stack = ExitStack()
-        self._files: dict[str, tuple[Any, str]] = {}
-        try:
-            for path in _weight_files(folder):
-                self._open(path)
-            self._check(config)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self._stack.close()
+        self._entries: dict[str, _Entry] = {}
+        for path in _weight_files(folder):
+            self._add_file(path)
+        self._check(config)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._entries)
 
     def __getitem__(self, name: str) -> Array:
-        file, key = self._files[name]
-        return np.asarray(file.get_tensor(key))
+        entry = self._entries[name]
+        with safe_open(entry.path, framework="np") as file:
+            return np.asarray(file.get_tensor(entry.key))
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows `start` to `stop` of a matrix, without reading the others."""
-        file, key = self._files[name]
-        return np.asarray(file.get_slice(key)[start:stop])
+        entry = self._entries[name]
+        with safe_open(entry.path, framework="np") as file:
+            return np.asarray(file.get_slice(entry.key)[start:stop])
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, from its file's header."""
-        file, key = self._files[name]
-        return tuple(file.get_slice(key).get_shape())
+        return self._entries[name].shape
 
-    def _open(self, path: Path) -> None:
+    def _add_file(self, path: Path) -> None:
         try:
-            file = self._stack.enter_context(safe_open(path, framework="np"))
+            entries = _read_header(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 expected=f"a safetensors file at {path}",
                 found=f"{error}",
                 action="Download or copy the checkpoint again.",
             ) from None
-        for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-            name = canonical_name(key)
+        for entry in entries:
+            name = canonical_name(entry.key)
             if _NO_PARAMETER.search(name):
                 continue
-            if name in self._files:
+            if name in self._entries:
                 raise _broken(self.folder, f"'{name}' twice", "Remove the weight files of the other version.")
-            self._files[name] = (file, key)
+            self._entries[name] = entry
 
     def _check(self, config: ModelConfig) -> None:
         wanted = expected_shapes(config)
@@ -167,7 +162,7 @@ class Checkpoint(Mapping[str, Array]):
             raise _broken(
                 self.folder, f"left over: {_some(surplus)}", "Merge adapters first; other heads are not supported."
             )
-        wanted |= {name: (self.shape(name)[0], width) for name in tables}
+        wanted |= {name: (*self.shape(name)[:1], width) for name in tables}
         for name, shape in wanted.items():
             if self.shape(name) != shape:
                 raise _broken(
@@ -175,13 +170,18 @@ class Checkpoint(Mapping[str, Array]):
                     f"'{name}' of shape {list(self.shape(name))} where config.json says {list(shape)}",
                     "config.json and weights must belong together.",
                 )
-            file, key = self._files[name]
-            if file.get_slice(key).get_dtype() not in ("F32", "F16", "BF16"):
+            if self._entries[name].dtype not in ("F32", "F16", "BF16"):
                 raise _broken(
                     self.folder,
-                    f"'{name}' of type {file.get_slice(key).get_dtype()}",
+                    f"'{name}' of type {self._entries[name].dtype}",
                     "Export from weights that are not quantised: float32, float16 or bfloat16.",
                 )
+
+
+def _read_header(path: Path) -> list[_Entry]:
+    with safe_open(path, framework="np") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        return [_Entry(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -189,7 +189,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError):
             raise _broken(folder, f"an unreadable {index.name}", "Download or copy the checkpoint again.") from None
         if absent := [name for name in names if not (folder / name).is_file()]:

@@ -103,14 +103,18 @@ def read_config(folder: Path) -> ModelConfig:
             found="no readable config.json" if isinstance(error, OSError) else "a config.json that is no JSON",
             action="Name the folder that holds config.json, tokenizer.json and the .safetensors files.",
         ) from None
-    if raw.get("model_type") != "paligemma":
-        raise _unsupported("model_type", raw.get("model_type"), "paligemma")
-    vision, text = raw.get("vision_config", {}), raw.get("text_config", {})
+    found = raw.get("model_type") if isinstance(raw, dict) else None
+    if found != "paligemma":
+        raise _unsupported("model_type", found, "paligemma")
+    vision, text = raw.get("vision_config") or {}, raw.get("text_config") or {}
     kind = text.get("model_type", "gemma")
     if kind not in ("gemma", "gemma2"):
         raise _unsupported("text_config.model_type", kind, "gemma or gemma2")
-    for name, section in (("hidden_activation", text), ("hidden_act", vision)):
-        if section.get(name, None) not in (None, "gelu_pytorch_tanh"):
+    if kind == "gemma" and text.get("hidden_act") == "gelu":  # what old Gemma configs call the tanh form
+        text = text | {"hidden_act": None}
+    used = "hidden_activation" if kind == "gemma2" else "hidden_act"
+    for name, section in (("hidden_activation", text), (used, text), ("hidden_act", vision)):
+        if section.get(name) not in (None, "gelu_pytorch_tanh"):
             raise _unsupported(name, section[name], "gelu_pytorch_tanh")
     if vision.get("vision_use_head"):
         raise _unsupported("vision_use_head", True, "False")

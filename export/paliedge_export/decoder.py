@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paliedge_export.checkpoint import LM_HEAD, Checkpoint
+from paliedge_export.checkpoint import Checkpoint
 from paliedge_export.config import ModelConfig, TextConfig
 from paliedge_export.graph import GraphBuilder
 
@@ -31,9 +31,7 @@ _MASKED = -1e9
 _NEVER = -3e38
 
 
-def add_decoder(
-    graph: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, vocab_size: int, head: str | None
-) -> None:
+def add_decoder(graph: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, vocab_size: int, head: str) -> None:
     """The decoder's nodes.
 
     Inputs: inputs_embeds [B, S, H] float32; position_ids [B, S] int64, 1-based, consecutive;
@@ -43,7 +41,7 @@ def add_decoder(
     log_prob [B] float32, its log-probability among all `vocab_size` ids;
     present.N.key and .value [B, kv heads, S, head_dim], the rows of the S new tokens.
 
-    `head` names the tied output matrix [vocab_size, H] where there is one.
+    `head` names the output matrix [vocab_size, H].
     """
     text = config.text
     x = graph.input("inputs_embeds", np.float32, ("batch", "sequence", text.hidden_size))
@@ -69,7 +67,6 @@ def add_decoder(
         x = graph.op("Add", x, fed)
     last = _last_hidden(graph, x, start, prefix_length)
     last = _norm(graph, checkpoint, text, "language_model.norm", last)
-    head = head or graph.weight(LM_HEAD, checkpoint.rows(LM_HEAD, 0, vocab_size))
     _choose_token(graph, text, last, head, vocab_size, allowed)
 
 

@@ -36,6 +36,7 @@ from paliedge.bundle import (
     publish_bundle,
     write_manifest,
 )
+from paliedge.errors import CheckpointError
 
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
@@ -81,7 +82,9 @@ def export_bundle(
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
     source = _Source(folder, config, read_tokens(folder), limits)
-    with Checkpoint(folder, config) as tensors, publish_bundle(output) as staging:
+    tensors = Checkpoint(folder, config)
+    _check_rows(tensors, source.tokens)
+    with publish_bundle(output) as staging:
         report(f"writing {precision} graphs")
         manifest = _write_bundle(staging, source, tensors, precision)
         if not compare:
@@ -107,6 +110,16 @@ class _Source:
     limits: Limits
 
 
+def _check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
+    for name in (EMBED_TOKENS, LM_HEAD):
+        if name in tensors and tensors.shape(name)[0] < tokens.vocab_size:
+            raise CheckpointError(
+                expected=f"a row of '{name}' for each of the tokenizer's {tokens.vocab_size} tokens",
+                found=f"{tensors.shape(name)[0]} rows",
+                action="Take tokenizer.json from the checkpoint that yours was trained from.",
+            )
+
+
 def _reference_golden(
     staging: Path, source: _Source, tensors: Checkpoint, precision: Precision, report: Report
 ) -> Golden | None:
@@ -126,17 +139,19 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
     """All files of a bundle but its golden."""
     config, tokens = source.config, source.tokens
     dtype = DTYPES[precision]
-    table = _write_embedding(folder / f"embed_tokens.{precision}.weights", tensors, tokens.vocab_size, dtype)
+    rows = tokens.vocab_size
+    table = head = _write_rows(folder / f"embed_tokens.{precision}.weights", tensors, EMBED_TOKENS, rows, dtype)
+    if not _head_is_table(tensors, rows):
+        head = _write_rows(folder / f"lm_head.{precision}.weights", tensors, LM_HEAD, rows, dtype)
     shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
 
-    def add_tied_decoder(graph: GraphBuilder) -> None:
-        shape = (tokens.vocab_size, config.text.hidden_size)
+    def add_decoder_with_head(graph: GraphBuilder) -> None:
+        shape = (rows, config.text.hidden_size)
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        head = graph.external(EMBED_TOKENS, dtype, shape, table, 0, size) if _head_is_table(tensors, config) else None
-        add_decoder(graph, tensors, config, tokens.vocab_size, head)
+        add_decoder(graph, tensors, config, rows, graph.external(LM_HEAD, dtype, shape, head, 0, size))
 
     vision = _write_graph(folder, "vision_encoder", precision, lambda graph: add_vision_encoder(graph, tensors, config))
-    decoder = _write_graph(folder, "decoder", precision, add_tied_decoder)
+    decoder = _write_graph(folder, "decoder", precision, add_decoder_with_head)
     manifest = Manifest(
         format_version=1,
         producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.folder.resolve().name),
@@ -146,7 +161,7 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
         prompts=Prompts(),
         limits=msgspec.structs.replace(source.limits, prefix=source.limits.prefix + config.vision.num_image_tokens),
         embedding=Embedding(
-            file=table, dtype=dtype, rows=tokens.vocab_size, scale=float(np.sqrt(np.float32(config.text.hidden_size)))
+            file=table, dtype=dtype, rows=rows, scale=float(np.sqrt(np.float32(config.text.hidden_size)))
         ),
         targets={"cpu": Target(precision=precision, vision_encoder=vision, decoder=decoder)},
         tokenizer=_TOKENIZER,
@@ -168,20 +183,30 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _write_embedding(path: Path, tensors: Checkpoint, rows: int, dtype: str) -> str:
+def _write_rows(path: Path, tensors: Checkpoint, name: str, rows: int, dtype: str) -> str:
     """The rows of real tokens; those behind them are noise."""
 
-    def pieces() -> Iterator[Array]:
-        for start in range(0, rows, _ROWS_AT_A_TIME):
-            yield tensors.rows(EMBED_TOKENS, start, min(start + _ROWS_AT_A_TIME, rows)).astype(dtype)
-
     with WeightFile(path) as file:
-        file.append(pieces())
+        file.append(piece.astype(dtype) for piece in _pieces(tensors, name, rows))
     return path.name
 
 
-def _head_is_table(tensors: Checkpoint, config: ModelConfig) -> bool:
-    return LM_HEAD not in tensors or config.tied
+def _head_is_table(tensors: Checkpoint, rows: int) -> bool:
+    """Whether the rows of real tokens are the same: like transformers, a head that differs is no tied one.
+
+    That holds whatever config.json says: old checkpoints store a copy of the table, some fine-tunes
+    a head of their own without saying so.
+    """
+    return LM_HEAD not in tensors or all(
+        np.array_equal(head, table)
+        for head, table in zip(_pieces(tensors, LM_HEAD, rows), _pieces(tensors, EMBED_TOKENS, rows), strict=True)
+    )
+
+
+def _pieces(tensors: Checkpoint, name: str, rows: int) -> Iterator[Array]:
+    """The first `rows` rows of a matrix, some at a time."""
+    for start in range(0, rows, _ROWS_AT_A_TIME):
+        yield tensors.rows(name, start, min(start + _ROWS_AT_A_TIME, rows))
 
 
 def _write_graph(folder: Path, name: str, precision: Precision, add: Callable[[GraphBuilder], None]) -> Graph:

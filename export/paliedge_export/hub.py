@@ -21,17 +21,21 @@ def find_checkpoint(checkpoint: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
-        raise CheckpointError(
-            expected="a checkpoint folder or a hub id such as google/paligemma-3b-mix-224",
-            found=f"'{checkpoint}'",
-            action="Check the spelling; a folder holds config.json, tokenizer.json and .safetensors files.",
-        )
+        raise _misspelt(checkpoint)
     return _download(checkpoint)
+
+
+def _misspelt(checkpoint: str) -> CheckpointError:
+    return CheckpointError(
+        expected="a checkpoint folder or a hub id such as google/paligemma-3b-mix-224",
+        found=f"'{checkpoint}'",
+        action="Check the spelling; a folder holds config.json, tokenizer.json and .safetensors files.",
+    )
 
 
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     expected = f"the hub repository {repository}"
     try:
@@ -50,9 +54,12 @@ def _download(repository: str) -> Path:
             action=f"1. Open https://huggingface.co/{repository} and check the name. "
             "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
         ) from None
-    except (HfHubHTTPError, OSError) as error:  # offline and time-outs are OSErrors in the hub's client
+    except HFValidationError:
+        raise _misspelt(repository) from None
+    except Exception as error:  # the client lets through what its HTTP library raises, and changes the library
+        reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
         raise CheckpointError(
             expected=expected,
-            found=f"the hub out of reach ({type(error).__name__}) and no complete copy in the local cache",
+            found=f"no complete copy in the local cache, and a download that failed ({reason})",
             action="Check the network and HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
         ) from None

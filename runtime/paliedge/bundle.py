@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -295,7 +296,7 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.new-"
-    for leftover in folder.parent.glob(f"{prefix}*"):
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
         with _lock_folder(leftover) as locked:
             if locked:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -315,7 +316,11 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[bool]:
     """Hold the folder's advisory lock; yields whether it was free. The system drops it with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone meanwhile: another publisher removed it
+        yield False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True
@@ -357,9 +362,12 @@ def _sync(path: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
     try:
-        content = (folder / MANIFEST).read_bytes()
-    except OSError:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _damaged(folder, f"'{MANIFEST}' is no regular file")
+        content = path.read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         raise BundleError(
             expected=f"a bundle at {folder}",
             found="no bundle.json there",
@@ -367,9 +375,9 @@ def _read_manifest(folder: Path) -> Manifest:
         ) from None
     try:
         return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
         raise BundleError(
-            expected=f"{folder / MANIFEST} in format {FORMAT_VERSION}",
+            expected=f"{path} in format {FORMAT_VERSION}",
             found=f"{error}",
             action="Export the checkpoint again with this version of paliedge.",
         ) from None
@@ -396,7 +404,7 @@ def _digest_key(path: Path) -> str:
 def _read_known_digests() -> dict[str, str]:
     try:
         return msgspec.json.decode(_cache_file().read_bytes(), type=dict[str, str])
-    except (OSError, RuntimeError, msgspec.DecodeError):
+    except (OSError, RuntimeError, UnicodeDecodeError, msgspec.DecodeError):
         return {}
 
 

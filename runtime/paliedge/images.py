@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from paliedge.errors import ImageError
 
@@ -23,6 +23,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 32_000_000
 _WHITE = (255, 255, 255, 255)
+_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
@@ -80,19 +89,35 @@ def _decode_file(stream: io.BytesIO, name: str) -> Image.Image:
 def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return _rgb_from_image(upright)
+        picture = _rgb_from_image(_upright(image))
     except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
         raise _damaged(name) from None
+    picture.info = {}  # the orientation is applied: who loads the result again must not turn it again
+    return picture
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As ImageOps.exif_transpose, which also rewrites the metadata and fails where a tag is odd."""
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb_from_image(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversions would clip it at 255
+        image = _bytes_from_16_bit(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _bytes_from_16_bit(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image).clip(0, 65535)
+    values = (grey >> 8).astype(np.uint8)
+    if "transparency" not in image.info:
+        return Image.fromarray(values)
+    alpha = np.where(grey == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([values, alpha], axis=-1))
 
 
 def _image_from_array(array: npt.NDArray[Any], bgr: bool) -> Image.Image:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from paliedge.bundle import Tokens
 from paliedge.errors import BundleError, UsageError
@@ -60,9 +59,22 @@ class PromptTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def decode_stream(self) -> Callable[[int], str]:
-        """A function that takes one id after another and returns the text that each completes."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+        """A function that takes one id after another and returns the text that each completes.
+
+        The pieces joined are `decode` of the ids, but for bytes that are no UTF-8 and for a
+        character that is incomplete at the end. (`tokenizers`' own stream raises on such bytes.)
+        """
+        pending: list[int] = []
+
+        def step(token: int) -> str:
+            pending.append(token)
+            text = self.decode(pending)
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps the first bytes of a character
+                return ""
+            pending.clear()
+            return text
+
+        return step
 
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:

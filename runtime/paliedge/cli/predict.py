@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -165,7 +166,7 @@ def _answer_all(
     model = load_model(bundle, threads)
     errors: list[PaliEdgeError] = []
     taken: set[Path] = {path.resolve() for path in paths}
-    show_progress = len(paths) > 1 and click.get_text_stream("stderr").isatty()
+    show_progress = len(paths) > 1 and sys.stderr.isatty()
     for index, path in enumerate(paths, 1):
         if show_progress:
             click.echo(f"[{index}/{len(paths)}] {path}", err=True)

@@ -1,0 +1,125 @@
+"""The decode loop on a scripted session: no weights, no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from paliedge.decoding import GeneratedToken, decode_greedily
+from paliedge.session import FloatArray, IdRange, Session, Step
+
+EOS = 1
+HIDDEN = 3
+
+
+@dataclass
+class ScriptedCache:
+    """What a real cache would hold: the embeddings so far."""
+
+    embeds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class ScriptedSession:
+    """Answers with `tokens` one after another, and writes down what it was asked."""
+
+    tokens: list[int]
+    calls: list[tuple[str, IdRange]] = field(default_factory=list)
+    caches: list[ScriptedCache] = field(default_factory=list)
+
+    def encode_image(self, pixel_values: FloatArray) -> FloatArray:
+        raise AssertionError("the decode loop knows no images")
+
+    def new_cache(self) -> ScriptedCache:
+        return ScriptedCache()
+
+    def prefill(self, cache: ScriptedCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
+        assert inputs_embeds.shape == (len(inputs_embeds), HIDDEN)
+        cache.embeds = inputs_embeds[:, 0].tolist()
+        return self._answer("prefill", cache, allowed)
+
+    def decode(self, cache: ScriptedCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
+        assert inputs_embeds.shape == (HIDDEN,)
+        cache.embeds.append(float(inputs_embeds[0]))
+        return self._answer("decode", cache, allowed)
+
+    def _answer(self, call: str, cache: ScriptedCache, allowed: IdRange) -> Step:
+        self.calls.append((call, allowed))
+        self.caches.append(cache)
+        token = self.tokens[len(self.calls) - 1]
+        return Step(token, -token / 10)
+
+
+def embed(token: int) -> FloatArray:
+    return np.full(HIDDEN, token, np.float32)
+
+
+def decode(session: ScriptedSession, cache: ScriptedCache, limit: int, allowed: IdRange = (0, 99)) -> list[GeneratedToken]:
+    checked: Session[ScriptedCache] = session
+    prefix = np.stack([embed(100), embed(101)])
+    return list(decode_greedily(checked, cache, prefix, embed, eos=EOS, allowed=allowed, max_new_tokens=limit))
+
+
+def test_decoding_ends_with_end_of_sequence() -> None:
+    session = ScriptedSession([7, 8, EOS, 9])
+    steps = decode(session, ScriptedCache(), limit=10)
+    assert [(step.token, step.log_prob) for step in steps] == [(7, -0.7), (8, -0.8), (EOS, -0.1)]
+    assert [call for call, _ in session.calls] == ["prefill", "decode", "decode"]
+
+
+def test_end_of_sequence_out_of_prefill_needs_no_decode_step() -> None:
+    session = ScriptedSession([EOS, 9])
+    assert [step.token for step in decode(session, ScriptedCache(), limit=10)] == [EOS]
+    assert len(session.calls) == 1
+
+
+def test_decoding_ends_at_the_limit_without_a_step_to_spare() -> None:
+    for limit in (1, 2, 3):
+        session = ScriptedSession([7, 8, 9, 10])
+        assert [step.token for step in decode(session, ScriptedCache(), limit)] == [7, 8, 9][:limit]
+        assert len(session.calls) == limit
+
+
+def test_the_cache_sees_the_prefix_and_then_every_token_but_the_last() -> None:
+    session = ScriptedSession([7, 8, 9, EOS])
+    cache = ScriptedCache(embeds=[55.0])  # from an earlier request
+    decode(session, cache, limit=10)
+    assert cache.embeds == [100, 101, 7, 8, 9]
+    assert all(used is cache for used in session.caches)
+
+
+def test_the_allowed_range_goes_with_every_step() -> None:
+    session = ScriptedSession([7, 8, EOS])
+    decode(session, ScriptedCache(), limit=10, allowed=(5, 42))
+    assert [allowed for _, allowed in session.calls] == [(5, 42)] * 3
+
+
+def test_a_token_is_handed_out_before_the_next_one_is_computed() -> None:
+    session = ScriptedSession([7, 8, EOS])
+    prefix = embed(100)[None]
+    steps = decode_greedily(session, ScriptedCache(), prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10)
+    assert session.calls == []
+    assert next(steps).token == 7
+    assert len(session.calls) == 1
+    assert next(steps).token == 8
+    assert len(session.calls) == 2
+
+
+def test_a_step_is_timed_without_the_time_its_reader_takes() -> None:
+    session = ScriptedSession([7, 8, EOS])
+    prefix = embed(100)[None]
+    clock = iter(range(0, 1000, 10))
+    import paliedge.decoding as module
+
+    original = module.time.perf_counter
+    module.time.perf_counter = lambda: float(next(clock))
+    try:
+        steps = decode_greedily(session, ScriptedCache(), prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10)
+        times = []
+        for step in steps:
+            times.append(step.ms)
+            next(clock)  # the reader is slow
+    finally:
+        module.time.perf_counter = original
+    assert times == [10_000, 10_000, 10_000]
