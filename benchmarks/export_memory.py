@@ -35,7 +35,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu[0] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory[0] / 1e6, 1),
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
     }

@@ -97,7 +97,7 @@ def hub_config(text: dict[str, Any], image_size: int) -> dict[str, Any]:
 
 def make_tokenizer() -> Tokenizer:
     """The shapes model's tokenizer with filler pieces, so that every added token has PaliGemma's id."""
-    raw = json.loads(build_tokenizer(200).to_str())
+    raw = json.loads(build_tokenizer(50).to_str())
     vocab = raw["model"]["vocab"]
     shift = FIRST_LOCATION - len(vocab)
     for token in raw["added_tokens"]:

@@ -7,10 +7,16 @@ for found in model.detect("photo.jpg", ["cat", "dog"]).detections:
     print(found.label, found.box)
 """
 
-from paliedge.errors import PaliEdgeError
-from paliedge.locations import Detection
-from paliedge.model import EncodedImage, PaliGemma, Piece
-from paliedge.results import Generation, Timings
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paliedge.errors import PaliEdgeError
+    from paliedge.locations import Detection
+    from paliedge.model import EncodedImage, PaliGemma, Piece
+    from paliedge.results import Generation, Timings
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,3 +29,20 @@ __all__ = [
     "Timings",
     "__version__",
 ]
+
+_HOMES = {
+    "Detection": "locations",
+    "EncodedImage": "model",
+    "Generation": "results",
+    "PaliEdgeError": "errors",
+    "PaliGemma": "model",
+    "Piece": "model",
+    "Timings": "results",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: `paliedge --help` needs none of them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'paliedge' has no attribute '{name}'")
+    return getattr(import_module(f"paliedge.{_HOMES[name]}"), name)

@@ -234,6 +234,10 @@ class Bundle:
                 raise _damaged(self.folder, f"'{name}' is no regular file")
             if status.st_size != recorded.size:
                 raise _damaged(self.folder, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
+        embedding, hidden_size = manifest.embedding, manifest.model.text.hidden_size
+        num_bytes = embedding.rows * hidden_size * {"float32": 4, "float16": 2}[embedding.dtype]
+        if num_bytes > manifest.files[embedding.file].size:
+            raise _damaged(self.folder, f"'{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
         if check_hashes:
             self.verify_hashes(remember=True)
 

@@ -116,7 +116,9 @@ def test_other_formats_are_refused(kind: str) -> None:
     assert error.expected == "a JPEG, PNG, WEBP or BMP image"
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"plain text", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"plain text", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
+)
 def test_bytes_that_are_no_image_are_refused(content: bytes) -> None:
     assert_refused(content)
 
@@ -197,7 +199,9 @@ def exif_with_orientation(orientation: int) -> Image.Exif:
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_pictures_stand_upright_whatever_their_exif_orientation(orientation: int, kind: str) -> None:
     stored = stored_from_upright(quadrants(), orientation)
-    picture = pixels(load_image(file_bytes(stored, kind, exif=exif_with_orientation(orientation), quality=95, lossless=True)))
+    picture = pixels(
+        load_image(file_bytes(stored, kind, exif=exif_with_orientation(orientation), quality=95, lossless=True))
+    )
     assert picture.shape == quadrants().shape
     assert np.abs(picture.astype(int) - quadrants()).mean() < 3
 
@@ -242,8 +246,9 @@ def test_rgba_is_composited_on_white(kind: str) -> None:
     array[0, :, 3] = 0
     array[1, :, 3] = 255
     image = Image.fromarray(array)
-    sources: dict[str, Any] = {"PIL": image, "array": array}
-    source = sources.get(kind) or file_bytes(image, kind, lossless=True, exact=True) if kind != "array" else array
+    source: Any = image if kind == "PIL" else array
+    if kind in ("PNG", "WEBP"):
+        source = file_bytes(image, kind, lossless=True, exact=True)
     assert np.abs(pixels(load_image(source)) - on_white(array[..., :3], array[..., 3])).max() <= 1
 
 
@@ -312,19 +317,20 @@ def test_cmyk_jpeg_gives_the_printed_colours() -> None:
 
 @pytest.mark.usefixtures("no_decoding")
 @pytest.mark.parametrize(
-    "size_wh", [(8000, 4001), (32_000_001, 1), (1, 32_000_001), (12_000, 12_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)]
+    "size_wh",
+    [(8000, 4001), (32_000_001, 1), (1, 32_000_001), (12_000, 12_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)],
 )
 def test_more_than_32_megapixels_are_refused_on_the_header(size_wh: tuple[int, int]) -> None:
     error = assert_refused(png_bomb(*size_wh))
     assert error.expected == "an image of at most 32 megapixels"
 
 
-def test_the_header_is_believed_before_the_decoder_in_each_format(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP"])
+def test_whole_files_over_32_megapixels_are_refused_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.new("L", (8000, 4001))
-    contents = [file_bytes(image, kind) for kind in ("JPEG", "WEBP", "BMP")]
+    content = file_bytes(image, kind, lossless=True, quality=0, method=0)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
-    for content in contents:
-        assert_refused(content)
+    assert "8000 x 4001" in assert_refused(content).found
 
 
 def test_pil_images_and_arrays_over_32_megapixels_are_refused() -> None:
@@ -394,7 +400,7 @@ def test_3000_damaged_files_give_a_picture_or_an_image_error_in_time() -> None:
     outcomes: Counter[str] = Counter()
     for number in range(3000):
         content = mutated(rng, seeds)
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             load_image(content)
             outcomes["picture"] += 1
@@ -402,6 +408,6 @@ def test_3000_damaged_files_give_a_picture_or_an_image_error_in_time() -> None:
             outcomes["refused"] += 1
         except Exception as error:
             pytest.fail(f"mutation {number} raised {type(error).__name__}: {error}")
-        assert time.perf_counter() - started < 2, f"mutation {number} took too long"
+        assert time.process_time() - started < 2, f"mutation {number} took too long"
     assert outcomes["picture"] > 300
     assert outcomes["refused"] > 1000

@@ -1,0 +1,41 @@
+# `make demo` and `make test` each do all of their own set-up in a virtual environment of their own.
+PYTHON ?= python3
+DEMO := .venv/demo
+TEST := .venv/test
+# torch's plain name brings gigabytes of CUDA packages on x86; this version has a CPU build on its own index too.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint types architecture ci clean
+
+demo: $(DEMO)/ready
+	$(DEMO)/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes
+	$(DEMO)/bin/paliedge demo -m build/shapes --save demo_output
+
+test: $(TEST)/ready
+	$(TEST)/bin/python -m pytest
+
+lint: $(TEST)/ready
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+
+types: $(TEST)/ready
+	$(TEST)/bin/mypy
+
+architecture: $(TEST)/ready
+	$(TEST)/bin/lint-imports
+
+ci: lint types architecture test
+
+$(DEMO)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export]"
+	touch $@
+
+$(TEST)/ready: pyproject.toml
+	$(PYTHON) -m venv $(TEST)
+	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export,reference,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist demo_output

@@ -1,0 +1,139 @@
+"""info, verify, demo and export from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paliedge.cli import main
+from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.model import SHIPPED_BUNDLE
+from tests.cli.test_predict import run
+from tests.paths import SHAPES_CHECKPOINT
+
+
+def test_info_shows_dimensions_target_and_comparison() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for words in ("112 x 112 pixels", "5 layers of width 128", "target cpu", "fp32", "transformers"):
+        assert words in result.stdout
+
+
+def test_info_json_is_the_manifest() -> None:
+    assert json.loads(run("info", "--json").stdout) == json.loads((SHIPPED_BUNDLE / "bundle.json").read_text())
+
+
+def test_verify_repeats_the_golden_answers() -> None:
+    report = json.loads(run("verify", "--json").stdout)
+    assert report["golden"]["num_answers"] == 6
+    assert report["golden"]["num_equal"] + report["golden"]["num_ties"] == 6
+
+
+def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(SHIPPED_BUNDLE, bundle)
+    weights = next(bundle.glob("decoder.*.weights"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    result = run("verify", bundle)
+    assert result.exit_code == 3
+    assert weights.name in result.stderr
+
+
+def test_verify_finds_a_machine_that_computes_something_else(tmp_path: Path) -> None:
+    """Goldens that the graphs do not give stand for a machine whose arithmetic is wrong."""
+    from paliedge.bundle import Bundle, describe_file, write_manifest
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(SHIPPED_BUNDLE, bundle)
+    golden_path = bundle / "golden.npz"
+    with np.load(golden_path) as golden:
+        arrays = {name: golden[name] for name in golden.files}
+    arrays["token_ids"] = arrays["token_ids"] + 1
+    arrays["log_probs"] = arrays["log_probs"] - 1
+    np.savez_compressed(golden_path, **arrays)
+    import msgspec
+
+    manifest = Bundle(SHIPPED_BUNDLE).manifest
+    files = manifest.files | {"golden.npz": describe_file(golden_path)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
+    result = run("verify", bundle)
+    assert result.exit_code == 3
+    assert "another token at place 0" in result.stderr
+
+
+def test_demo_answers_four_prompts_a_scene_and_leaves_pictures(tmp_path: Path) -> None:
+    result = run("demo", "--save", tmp_path)
+    scenes = json.loads((DEMO_SCENES / "scenes.json").read_text())
+    assert result.exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(scene["file"] for scene in scenes)
+    for scene in scenes:
+        for prompt in ("detect ", "caption en", "answer en ", "ocr"):
+            assert f"{scene['file']}: {prompt}" in result.stdout
+
+
+def test_export_prints_one_line_and_makes_a_bundle_that_answers(tmp_path: Path) -> None:
+    result = run("export", SHAPES_CHECKPOINT, "-o", tmp_path / "bundle")
+    assert result.exit_code == 0
+    (line,) = result.stdout.splitlines()
+    assert "max error" in line
+    assert "token match 100.0%" in line
+    assert run("caption", DEMO_SCENES, "-m", tmp_path / "bundle").stdout == run("caption", DEMO_SCENES).stdout
+
+
+def test_the_shipped_bundle_is_the_export_of_the_shipped_checkpoint(tmp_path: Path) -> None:
+    assert run("export", SHAPES_CHECKPOINT, "-o", tmp_path / "bundle", "--no-compare").exit_code == 0
+    for path in (tmp_path / "bundle").glob("*.weights"):
+        assert path.read_bytes() == (SHIPPED_BUNDLE / path.name).read_bytes()
+    assert (tmp_path / "bundle" / "tokenizer.json").read_bytes() == (SHIPPED_BUNDLE / "tokenizer.json").read_bytes()
+
+
+def test_export_refuses_a_folder_with_other_content(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("keep me")
+    result = run("export", SHAPES_CHECKPOINT, "-o", tmp_path, "--no-compare")
+    assert result.exit_code == 3
+    assert (tmp_path / "letter.txt").read_text() == "keep me"
+
+
+def test_export_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.startswith("paliedge_export.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = run("export", SHAPES_CHECKPOINT, "-o", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert 'pip install "paliedge[cpu,export]"' in result.stderr
+
+
+def test_help_names_every_verb_and_is_fast() -> None:
+    command = [sys.executable, "-c", "from paliedge.cli import main; main()", "--help"]
+    times = []
+    for _ in range(5):  # processor time: what a quiet machine's clock would show
+        before = os.times()
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        after = os.times()
+        used = (after.children_user + after.children_system) - (before.children_user + before.children_system)
+        times.append(used)
+    for verb in ("ask", "caption", "demo", "detect", "export", "info", "ocr", "predict", "verify"):
+        assert f"  {verb} " in output
+    assert min(times) < 0.3
+
+
+def test_every_option_shows_its_environment_variable() -> None:
+    import click
+
+    with click.Context(main) as context:
+        for verb in main.list_commands(context):
+            command = main.get_command(context, verb)
+            assert command is not None
+            for parameter in command.params:
+                if isinstance(parameter, click.Option):
+                    assert str(parameter.envvar).startswith("PALIEDGE_"), (verb, parameter.name)
+                    assert parameter.show_envvar, (verb, parameter.name)

@@ -1,0 +1,157 @@
+"""The verbs that look at pictures, run as a user runs them, on the shipped shapes bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from paliedge.cli import main
+from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.predict import find_sources
+from paliedge.errors import ImageError
+
+SCENES = json.loads((DEMO_SCENES / "scenes.json").read_text())
+SCENE = DEMO_SCENES / SCENES[0]["file"]
+LABELS = " ; ".join(SCENES[0]["detect"])
+
+
+def run(*arguments: object, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(main, [str(item) for item in arguments], env=env)
+
+
+def test_detect_prints_a_line_a_box_and_says_which_model_it_uses() -> None:
+    result = run("detect", SCENE, LABELS)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines
+    for line in lines:
+        source, rest = line.split(": ")
+        *label, x1, y1, x2, y2 = rest.split()
+        assert source == str(SCENE)
+        assert " ".join(label) in SCENES[0]["detect"]
+        assert 0 <= float(x1) < float(x2) <= 112
+        assert 0 <= float(y1) < float(y2) <= 112
+    assert "shapes model that ships" in result.stderr
+
+
+def test_json_is_one_object_a_picture_with_boxes_tokens_and_times() -> None:
+    result = run("detect", SCENE, LABELS, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["source"] == str(SCENE)
+    assert answer["finish_reason"] == "stop"
+    assert answer["image_wh"] == [112, 112]
+    assert len(answer["token_ids"]) == len(answer["log_probs"])
+    assert answer["timings"]["prefill_ms"] > 0
+    for found in answer["detections"]:
+        normalized = [round(edge / 112, 2) for edge in found["box"]]
+        assert normalized == pytest.approx(found["box_normalized"], abs=0.01)
+
+
+@pytest.mark.parametrize("verb", [["caption"], ["ask", "how many circles are there?"], ["ocr"], ["predict", "ocr"]])
+def test_the_other_verbs_answer_with_text(verb: list[str]) -> None:
+    result = run(verb[0], SCENE, *verb[1:])
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{SCENE}: ")
+
+
+def test_predict_shows_boxes_where_the_answer_has_some() -> None:
+    assert run("predict", SCENE, f"detect {LABELS}").stdout == run("detect", SCENE, LABELS).stdout
+
+
+def test_an_environment_variable_stands_for_an_option() -> None:
+    result = run("detect", SCENE, LABELS, env={"PALIEDGE_JSON": "1", "PALIEDGE_MAX_NEW_TOKENS": "2"})
+    answer = json.loads(result.stdout)
+    assert len(answer["token_ids"]) == 2
+    assert answer["finish_reason"] == "length"
+
+
+def test_a_cut_answer_is_told_on_stderr() -> None:
+    result = run("detect", SCENE, LABELS, "--max-new-tokens", 3)
+    assert "cut off at the token limit" in result.stderr
+    assert result.exit_code == 0
+
+
+def test_save_draws_the_boxes_into_a_larger_picture(tmp_path: Path) -> None:
+    result = run("detect", SCENE, LABELS, "--save", tmp_path / "out")
+    assert result.exit_code == 0
+    with Image.open(tmp_path / "out" / f"{SCENE.stem}.png") as saved, Image.open(SCENE) as source:
+        enlarged = source.convert("RGB").resize(saved.size, Image.Resampling.LANCZOS)
+        assert saved.width == 560
+        assert saved.convert("RGB").tobytes() != enlarged.tobytes()
+
+
+def test_saving_never_overwrites_a_source_or_another_result(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.png").write_bytes(SCENE.read_bytes())
+    result = run("caption", tmp_path / "*" / "same.png", "--save", tmp_path / "a")
+    assert result.exit_code == 0
+    assert (tmp_path / "a" / "same.png").read_bytes() == SCENE.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["same-2.png", "same-3.png", "same.png"]
+
+
+def test_one_bad_file_among_many_gives_6_and_the_others_are_done(tmp_path: Path) -> None:
+    for name in ("one.png", "three.png"):
+        (tmp_path / name).write_bytes(SCENE.read_bytes())
+    (tmp_path / "two.png").write_bytes(b"no picture")
+    result = run("caption", tmp_path, "--json")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 6
+    assert [Path(row["source"]).name for row in rows] == ["one.png", "three.png", "two.png"]
+    assert "error" in rows[2]
+    assert rows[0]["text"] == rows[1]["text"] != ""
+
+
+def test_only_bad_files_give_5(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(SCENE.read_bytes()[:200])
+    result = run("caption", tmp_path / "bad.jpg")
+    assert result.exit_code == 5
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["detect", "absent.png", "cat"], 5, "absent.png"),
+        (["detect", SCENE, " "], 2, "at least one label"),
+        (["detect", SCENE, "cat", "-m", "absent"], 3, "no bundle.json"),
+        (["predict", SCENE, "word " * 500], 2, "prompt of at most 128 tokens"),
+        (["predict", SCENE, "ocr", "--max-new-tokens", "100000"], 2, "max_new_tokens"),
+        (["detect", SCENE], 2, "Missing argument"),
+        (["fly"], 2, "No such command"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_have_their_exit_code(
+    arguments: list[object], exit_code: int, words: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == exit_code
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_folder_gives_its_pictures_sorted_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpeg", "notes.txt", "c.webp"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_sources(str(tmp_path))] == ["a.jpeg", "b.PNG", "c.webp"]
+
+
+def test_a_pattern_may_cross_folders(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "x.png").touch()
+    assert [path.name for path in find_sources(f"{tmp_path}/**/*.png")] == ["x.png"]
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "x[1].png").touch()
+    assert find_sources(str(tmp_path / "x[1].png")) == [tmp_path / "x[1].png"]
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="none with a name"):
+        find_sources(str(tmp_path))

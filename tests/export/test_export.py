@@ -1,0 +1,135 @@
+"""An export is reproducible, checks itself, and publishes all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paliedge.bundle import Bundle
+from paliedge.errors import CheckpointError, PrecisionError
+from paliedge_export import compare, exporter, reference
+from paliedge_export.config import ModelConfig, read_config
+from paliedge_export.exporter import export_bundle
+from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden
+
+from tests.export.conftest import Tiny
+
+Content = dict[str, bytes]
+
+
+def read_folder(folder: Path) -> Content:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_config_with_a_mistake(folder: Path) -> ModelConfig:
+    """Attention scores half as large again as they should be."""
+    config = read_config(folder)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, query_scale=config.text.query_scale * 1.5))
+
+
+def test_two_exports_are_the_same_to_the_byte(tiny: Tiny, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        export_bundle(str(tiny.checkpoint), tmp_path / name)
+    assert read_folder(tmp_path / "first") == read_folder(tmp_path / "second")
+
+
+def test_fp32_is_compared_with_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle")
+    assert comparison is not None
+    assert comparison.reference.startswith("transformers ")
+    assert comparison.image_features_error < 1e-4
+    assert comparison.log_prob_error < 1e-4
+    assert comparison.token_match == 1
+    manifest = Bundle(tmp_path / "bundle").manifest
+    assert manifest.comparison == comparison
+    assert manifest.golden is not None
+    with np.load(tmp_path / "bundle" / manifest.golden) as golden:
+        assert golden["token_ids"].shape == (len(golden["images"]), len(PROMPTS), NUM_NEW_TOKENS)
+        assert len(np.unique(golden["token_ids"].reshape(-1, NUM_NEW_TOKENS), axis=0)) > 1
+
+
+def test_fp16_is_compared_with_its_fp32_graphs_and_not_with_transformers(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise AssertionError(folder)
+
+    monkeypatch.setattr(exporter, "make_reference_golden", refuse)
+    comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16")
+    assert comparison is not None
+    assert comparison.reference == "its fp32 graphs"
+    assert 0 < comparison.log_prob_error < 5e-2
+    assert {path.suffix for path in (tmp_path / "bundle").iterdir() if path.is_dir()} == set()
+    assert Bundle(tmp_path / "bundle").manifest.targets["cpu"].precision == "fp16"
+
+
+def test_without_transformers_the_graphs_own_answers_are_the_golden(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert export_bundle(str(paligemma.checkpoint), tmp_path / "bundle") is None
+    manifest = Bundle(tmp_path / "bundle").manifest
+    assert manifest.golden is not None
+    assert manifest.comparison is None
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new-folder", "over-a-bundle"])
+def test_graphs_that_differ_from_the_reference_are_not_published(
+    old: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "bundle"
+    if old:
+        export_bundle(str(tiny.checkpoint), output, compare=False)
+    before = read_folder(output) if old else {}
+    monkeypatch.setattr(exporter, "read_config", read_config_with_a_mistake)
+    with pytest.raises(PrecisionError, match="Nothing was published"):
+        export_bundle(str(tiny.checkpoint), output)
+    assert (read_folder(output) if old else {}) == before
+    assert list(tmp_path.iterdir()) == ([output] if old else [])
+
+
+def test_a_bundle_over_its_limit_is_not_published(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compare.LIMITS, "fp16", 1e-9)
+    with pytest.raises(PrecisionError, match="fp16 graphs within 1e-09 of its fp32 graphs"):
+        export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_that_are_no_numbers_are_not_published(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_golden_of_nan(folder: Path) -> Golden:
+        golden = reference.make_reference_golden(folder)
+        return dataclasses.replace(golden, log_probs=golden.log_probs * np.float32("nan"))
+
+    monkeypatch.setattr(exporter, "make_reference_golden", make_golden_of_nan)
+    with pytest.raises(PrecisionError):
+        export_bundle(str(paligemma.checkpoint), tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(CheckpointError):
+        export_bundle(str(tmp_path / "checkpoint"), tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_export_needs_neither_torch_nor_transformers(precision: str, paligemma: Tiny, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import paliedge_export.exporter as exporter
+exporter.export_bundle({str(paligemma.checkpoint)!r}, Path("bundle"), precision={precision!r}, compare=False)
+print(sorted({{"torch", "transformers", "peft"}} & set(sys.modules)))
+"""
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert answer.stdout == "[]\n"
+    assert Bundle(tmp_path / "bundle").manifest.targets["cpu"].precision == precision
