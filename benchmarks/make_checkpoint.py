@@ -17,12 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from paliedge_export.checkpoint import EMBED_TOKENS, Shape, expected_shapes
-from paliedge_export.config import ModelConfig, read_config
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, build_tokenizer, write_tokenizer
+from paliedge_export.checkpoint import EMBED_TOKENS, Shape, expected_shapes
+from paliedge_export.config import ModelConfig, read_config
 
 NUM_ROWS = 257_216
 FIRST_LOCATION = 256_000

@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks it for
 import numpy as np
 import numpy.typing as npt
-from paliedge.errors import CheckpointError
 from safetensors import SafetensorError, safe_open
 
+from paliedge.errors import CheckpointError
 from paliedge_export.config import ModelConfig
 
 EMBED_TOKENS = "language_model.embed_tokens.weight"

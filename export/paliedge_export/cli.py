@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import click
+
 from paliedge.errors import MissingExtraError
 
 
@@ -70,8 +71,8 @@ def export(
     """Turn CHECKPOINT, a folder or a hub id such as google/paligemma-3b-mix-224, into a bundle."""
     try:
         import msgspec
-        from paliedge.bundle import Limits
 
+        from paliedge.bundle import Limits
         from paliedge_export.exporter import export_bundle
     except ModuleNotFoundError as error:
         raise MissingExtraError(

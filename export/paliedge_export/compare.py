@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
 from paliedge.bundle import Bundle, Comparison
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import PrecisionError
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
-from PIL import Image
-
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
 
 LIMITS = {"fp32": 1e-3, "fp16": 5e-2}

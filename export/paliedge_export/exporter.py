@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 import onnx
+
 from paliedge import __version__
 from paliedge.bundle import (
     MANIFEST,
@@ -37,7 +38,6 @@ from paliedge.bundle import (
     write_manifest,
 )
 from paliedge.errors import CheckpointError
-
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
 from paliedge_export.config import ModelConfig, read_config

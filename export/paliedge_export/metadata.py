@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
+
 from paliedge.bundle import Preprocess, Tokens
 from paliedge.errors import CheckpointError
-from tokenizers import Tokenizer
 
 _RESAMPLE: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
 

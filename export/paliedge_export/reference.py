@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from paliedge.prompt import PromptTokenizer
 from PIL import Image
 
+from paliedge.prompt import PromptTokenizer
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
 from paliedge_export.metadata import read_tokens
 

@@ -25,6 +25,7 @@ from paliedge.errors import BundleError, EngineMismatchError
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
+_ASIDE = ".old"
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -167,7 +168,7 @@ class Comparison(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True):
-    """The content of `bundle.json`."""
+    """The content of `bundle.json`; `sha256` is of the same JSON, compact, with this field empty."""
 
     format_version: Literal[1]
     producer: Producer
@@ -182,6 +183,7 @@ class Manifest(_Strict, frozen=True):
     golden: FileName | None
     comparison: Comparison | None
     files: dict[FileName, File]
+    sha256: Sha256 | Literal[""] = ""
 
 
 class Bundle:
@@ -276,6 +278,7 @@ def describe_file(path: Path) -> File:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `bundle.json`, the last file of a bundle."""
+    manifest = msgspec.structs.replace(manifest, sha256=_manifest_digest(manifest))
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     with (folder / MANIFEST).open("wb") as stream:
         stream.write(content + b"\n")
@@ -302,7 +305,9 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
     prefix = f".{folder.name}.new-"
     for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
         with _lock_folder(leftover) as locked:
-            if locked:
+            if locked and leftover.suffix == _ASIDE and not folder.exists():
+                leftover.rename(folder)
+            elif locked:
                 shutil.rmtree(leftover, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     with _lock_folder(staging):
@@ -340,7 +345,7 @@ def _replace_folder(new: Path, old: Path) -> None:
         new.rename(old)
         return
     if not _exchange(new, old):  # a file system without the exchange: a moment without a bundle
-        aside = new.with_name(new.name + ".old")
+        aside = new.with_name(new.name + _ASIDE)
         old.rename(aside)
         new.rename(old)
         shutil.rmtree(aside, ignore_errors=True)
@@ -378,13 +383,20 @@ def _read_manifest(folder: Path) -> Manifest:
             action="Make one with `paliedge export CHECKPOINT -o BUNDLE`, or correct the path.",
         ) from None
     try:
-        return msgspec.json.decode(content, type=Manifest)
+        manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
         raise BundleError(
             expected=f"{path} in format {FORMAT_VERSION}",
             found=f"{error}",
             action="Export the checkpoint again with this version of paliedge.",
         ) from None
+    if manifest.sha256 != _manifest_digest(manifest):
+        raise _damaged(folder, f"'{MANIFEST}' with other content than was exported")
+    return manifest
+
+
+def _manifest_digest(manifest: Manifest) -> str:
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""))).hexdigest()
 
 
 def _damaged(folder: Path, found: str) -> BundleError:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from paliedge_export.exporter import export_bundle
 from transformers import PaliGemmaForConditionalGeneration
 
+from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
 
 

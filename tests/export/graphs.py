@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 

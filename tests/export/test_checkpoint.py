@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import PaliGemmaForConditionalGeneration
+
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
 from paliedge_export.config import read_config
 from paliedge_export.exporter import export_bundle
 from paliedge_export.reference import reference_logits
-from safetensors.torch import load_file, save_file
-from transformers import PaliGemmaForConditionalGeneration
-
 from tests.export.conftest import Tiny
 from tests.export.graphs import Graphs
 from tests.tiny import make_tiny

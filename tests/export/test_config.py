@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paliedge.errors import CheckpointError
-from paliedge_export.config import ModelConfig, read_config
 from transformers import PaliGemmaConfig
 
 from benchmarks.make_checkpoint import TEXT_CONFIGS, hub_config
+from paliedge.errors import CheckpointError
+from paliedge_export.config import ModelConfig, read_config
 
 Json = dict[str, Any]
 SECOND = TEXT_CONFIGS["paligemma2-3b"]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from paliedge.bundle import Bundle
 from paliedge.errors import CheckpointError, PrecisionError
 from paliedge_export import compare, exporter, reference
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden
-
 from tests.export.conftest import Tiny
 
 Content = dict[str, bytes]

@@ -17,11 +17,11 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
-from paliedge_export.exporter import export_bundle
-from paliedge_export.reference import reference_logits
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
+from paliedge_export.exporter import export_bundle
+from paliedge_export.reference import reference_logits
 from tests.export.conftest import Tiny
 from tests.export.graphs import Graphs
 from tests.tiny import make_tiny

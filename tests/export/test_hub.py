@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+
 from paliedge.errors import CheckpointError
 from paliedge_export.hub import find_checkpoint
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paliedge.errors import CheckpointError
-from paliedge_export.exporter import export_bundle
-from paliedge_export.metadata import read_preprocess, read_tokens
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from benchmarks.make_checkpoint import make_tokenizer
+from paliedge.errors import CheckpointError
+from paliedge_export.exporter import export_bundle
+from paliedge_export.metadata import read_preprocess, read_tokens
 from tests.export.conftest import Tiny
 
 Json = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import msgspec
 import pytest
 
 from paliedge import PaliGemma, bundle
-from paliedge.bundle import MANIFEST, Bundle, describe_file, publish_bundle, write_manifest
+from paliedge.bundle import MANIFEST, Bundle, Manifest, describe_file, publish_bundle, write_manifest
 from paliedge.errors import BundleError, EngineMismatchError
 from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
@@ -178,13 +179,28 @@ def test_a_manifest_with_any_byte_damaged_is_refused(copy: Path) -> None:
         assert_refused(copy)
 
 
+@pytest.mark.usefixtures("no_session")
+def test_a_manifest_with_any_digit_changed_is_refused(copy: Path) -> None:
+    content = (copy / MANIFEST).read_bytes()
+    digits = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
+    for place in digits[::7]:
+        changed = bytearray(content)
+        changed[place] = ord("1") if content[place] != ord("1") else ord("2")
+        (copy / MANIFEST).write_bytes(changed)
+        assert_refused(copy)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
     return content
 
 
 def save_manifest(folder: Path, content: object) -> None:
-    (folder / MANIFEST).write_text(json.dumps(content))
+    """With the digest that makes it look exported, where it can be read at all."""
+    text = json.dumps(content)
+    (folder / MANIFEST).write_text(text)
+    with contextlib.suppress(msgspec.DecodeError):
+        write_manifest(folder, msgspec.json.decode(text, type=Manifest))
 
 
 def place_value(content: Any, path: str, value: object) -> None:
@@ -459,6 +475,16 @@ def test_publishing_works_where_the_file_system_cannot_exchange(
     with publish_bundle(other) as staging:
         copy_into(exported, staging)
     assert Bundle(other).manifest == Bundle(exported).manifest
+    assert leftovers(other) == []
+
+
+def test_a_bundle_set_aside_by_a_killed_publisher_comes_back(other: Path, exported: Path) -> None:
+    """Without the exchange there is a moment with the old bundle under another name."""
+    manifest = Bundle(other).manifest
+    other.rename(other.with_name(f".{other.name}.new-abc.old"))
+    with pytest.raises(RuntimeError), publish_bundle(other):
+        raise RuntimeError
+    assert Bundle(other).manifest == manifest
     assert leftovers(other) == []
 
 
