@@ -59,6 +59,8 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
         return _decode_file(io.BytesIO(source), f"{len(source)} bytes")
     path = Path(source)
     try:
+        if not path.is_file():  # a pipe would block, a device never end
+            raise FileNotFoundError
         content = path.read_bytes()
     except (OSError, ValueError):  # ValueError: a NUL in the name
         raise ImageError(

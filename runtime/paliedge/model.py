@@ -136,7 +136,10 @@ class PaliGemma:
         location_tokens: bool = True,
         bgr: bool = False,
     ) -> Iterator[Piece]:
-        """Like `generate`, a token at a time; the pieces' texts joined are its text."""
+        """Like `generate`, a token at a time.
+
+        The pieces' texts joined are its text, but for bytes that make no character.
+        """
         encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, location_tokens, bgr)
         return self._stream(encoded, prefix, limit)
 

@@ -1,0 +1,83 @@
+"""The README's commands work, and its outputs are what they print."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return [content for name, content in BLOCKS if name == language]
+
+
+def run_shell(command: str, folder: Path) -> str:
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout's files by their names, in a place of its own."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("Makefile", "benchmarks", "pyproject.toml", "runtime", "export"):
+        (folder / name).symlink_to(ROOT / name)
+    environment = folder / ".venv" / "demo"
+    environment.mkdir(parents=True)
+    (environment / "bin").symlink_to(BIN)  # stands for what `make demo` installs
+    (environment / "ready").touch()
+    return folder
+
+
+def test_the_first_two_commands_are_the_two_the_project_promises() -> None:
+    assert blocks("sh")[0].split("\n")[:2] == ["make demo", "make test"]
+
+
+def test_make_demo_prints_what_the_readme_shows_and_leaves_pictures(project: Path) -> None:
+    output = run_shell("make --silent demo", project)
+    shown = next(content for content in blocks("console") if content.startswith("$ make demo\n"))
+    assert output.splitlines() == shown.splitlines()[1:]
+    assert len(list((project / "demo_output").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("command", [line for block in blocks("bash") for line in block.splitlines()])
+def test_every_command_of_the_readme_runs(command: str, project: Path) -> None:
+    assert run_shell(command, project)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_every_python_example_of_the_readme_runs(code: str, project: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", code], cwd=project, check=True, capture_output=True).stdout
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readmes_figures_are_the_stored_ones() -> None:
+    """Each number in a table with a `results` column stands in that JSON file."""
+    import json
+
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| `(\w+\.json)` `([\w./]+)` \|$", README, re.MULTILINE)
+    assert len(rows) >= 8
+    for name, figure, file, place in rows:
+        value = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        for key in place.split("/"):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        digits = len(figure.partition(".")[2])
+        assert round(float(value), digits) == float(figure), name
