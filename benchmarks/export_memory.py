@@ -12,33 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("paliedge", "numpy", "onnx", "safetensors", "ml_dtypes")
+from benchmarks.machine import describe_machine
+
 _INTERVAL_S = 0.05
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, Python and package versions."""
-    cpu = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
-    return {
-        "cpu": cpu[0] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(memory[0] / 1e6, 1),
-        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
-    }
 
 
 def measure_export(checkpoint: Path, output: Path, precision: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ FP32_TOLERANCE = 1e-4
 FP16_TOLERANCE = 3e-2
 TIE = 1e-3
 PROMPTS = ("caption en", "detect red circle ; blue square", "answer en how many stars are there?", "ocr", "a", "DE 7")
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "paligemma-mqa": ("paligemma", {"num_heads": 4, "num_kv_heads": 1}),
     "paligemma-mha-wide-heads": ("paligemma", {"num_heads": 2, "num_kv_heads": 2, "head_dim": 32}),
     "paligemma-untied": ("paligemma", {"num_heads": 3, "num_kv_heads": 1, "tied": False}),
@@ -161,7 +162,9 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = make_tiny(folder / "checkpoint", family, **options)
     export_bundle(str(folder / "checkpoint"), folder / "bundle")
     bundle = Bundle(folder / "bundle")
-    return Subject(bundle, PaliGemma.load(bundle.folder), answer_with_reference(model, bundle, scene_images(NUM_IMAGES)))
+    return Subject(
+        bundle, PaliGemma.load(bundle.folder), answer_with_reference(model, bundle, scene_images(NUM_IMAGES))
+    )
 
 
 @pytest.fixture(scope="module")

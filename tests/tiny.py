@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma2Config, GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    Gemma2Config,
+    GemmaConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
 
@@ -37,7 +43,7 @@ def make_tiny(
     """Write a checkpoint with tokenizer and preprocessing to `folder`; returns the model in float32."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(50)
-    image_token = tokenizer.token_to_id("<image>")
+    image_token = tokenizer.get_vocab()["<image>"]
     rows = -(-(image_token + 1) // 64) * 64
     text_class = GemmaConfig if family == "paligemma" else Gemma2Config
     if family == "paligemma2":

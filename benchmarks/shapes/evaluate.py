@@ -92,14 +92,14 @@ def _detect(model: PaliGemma, encoded: Any, scene: Scene, index: int, rng: np.ra
             category = CLASSES.index(item.label) + 1 if item.label in CLASSES else len(CLASSES) + 1
             box = [x1, y1, x2 - x1, y2 - y1]
             tally.detections.append({"image_id": index, "category_id": category, "bbox": box, "score": score})
-    for item in scene.objects:
-        width, height = item.box.x2 - item.box.x1, item.box.y2 - item.box.y1
+    for target in scene.objects:
+        width, height = target.box.x2 - target.box.x1, target.box.y2 - target.box.y1
         tally.ground_truth.append(
             {
                 "id": len(tally.ground_truth) + 1,
                 "image_id": index,
-                "category_id": CLASSES.index(item.label) + 1,
-                "bbox": [item.box.x1, item.box.y1, width, height],
+                "category_id": CLASSES.index(target.label) + 1,
+                "bbox": [target.box.x1, target.box.y1, width, height],
                 "area": width * height,
                 "iscrowd": 0,
             }

@@ -22,7 +22,7 @@ def _shows_much(scene: Scene) -> bool:
 
 def main() -> None:
     _FOLDER.mkdir(exist_ok=True)
-    entries = []
+    entries: list[dict[str, object]] = []
     seed = _FIRST_SEED
     while len(entries) < _NUM_SCENES:
         scene = make_scene(seed)

@@ -36,7 +36,15 @@ COLOURS = {
 CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 CHARACTERS = string.digits + string.ascii_uppercase
 WORDS = tuple(
-    ["ALARM", "APPLE", "BACK", "BAKERY", "BANK", "BEACH", "BELL", "BIKE", "BLUE", "BOOK", "BREAD", "BRIDGE", "BUS", "CAFE", "CAMERA", "CAR", "CAT", "CITY", "CLOSED", "COFFEE", "COLD", "DAY", "DOG", "DOOR", "DOWN", "EAST", "EDGE", "EMPTY", "EXIT", "FAST", "FILM", "FIRE", "FISH", "FOOD", "FREE", "FROZEN", "GARAGE", "GATE", "GOLD", "GREEN", "HALL", "HELP", "HERE", "HIGH", "HOME", "HOT", "HOTEL", "ICE", "IN", "INN", "ISLAND", "JAM", "JAZZ", "JET", "KEEP", "KEY", "KING", "LAKE", "LANE", "LEFT", "LIFT", "LIGHT", "LINE", "LOW", "MAIN", "MAP", "MARKET", "METRO", "MILK", "MOON", "MOTOR", "MUSEUM", "NEW", "NIGHT", "NORTH", "NOW", "OFF", "OFFICE", "ON", "OPEN", "ORANGE", "OUT", "OVEN", "PARK", "PATH", "PHONE", "PIZZA", "POLICE", "POOL", "PORT", "PUSH", "PULL", "QUIET", "QUIZ", "RADIO", "RED", "RIGHT", "RIVER", "ROAD", "ROOM", "SAFE", "SALE", "SCHOOL", "SHOP", "SLOW", "SOUTH", "STAR", "STOP", "STREET", "SUN", "TAXI", "TEA", "TICKET", "TOWN", "TRAIN", "UNDER", "UNIT", "UP", "VALLEY", "VAN", "VIEW", "WAIT", "WALK", "WATER", "WAY", "WEST", "WINDOW", "YARD", "YES", "ZERO", "ZONE", "ZOO"]
+    (
+        "ALARM APPLE BACK BAKERY BANK BEACH BELL BIKE BLUE BOOK BREAD BRIDGE BUS CAFE CAMERA CAR CAT CITY CLOSED "
+        "COFFEE COLD DAY DOG DOOR DOWN EAST EDGE EMPTY EXIT FAST FILM FIRE FISH FOOD FREE FROZEN GARAGE GATE GOLD "
+        "GREEN HALL HELP HERE HIGH HOME HOT HOTEL ICE IN INN ISLAND JAM JAZZ JET KEEP KEY KING LAKE LANE LEFT LIFT "
+        "LIGHT LINE LOW MAIN MAP MARKET METRO MILK MOON MOTOR MUSEUM NEW NIGHT NORTH NOW OFF OFFICE ON OPEN ORANGE "
+        "OUT OVEN PARK PATH PHONE PIZZA POLICE POOL PORT PUSH PULL QUIET QUIZ RADIO RED RIGHT RIVER ROAD ROOM SAFE "
+        "SALE SCHOOL SHOP SLOW SOUTH STAR STOP STREET SUN TAXI TEA TICKET TOWN TRAIN UNDER UNIT UP VALLEY VAN VIEW "
+        "WAIT WALK WATER WAY WEST WINDOW YARD YES ZERO ZONE ZOO"
+    ).split()
 )
 _NUMBER_WORDS = ("no", "a", "two", "three", "four", "five", "six")
 _OVERSAMPLING = 4
@@ -305,5 +313,7 @@ def _draw_plate(rng: np.random.Generator, text: str) -> _Layer:
     lefts = x + margin + np.cumsum([0, *advances[:-1]])
     for left, character in zip(lefts.tolist(), text, strict=True):
         draw.text((left, y + margin - top), character, fill=255, font=font)
-    centres = tuple((left + advance / 2, y + height / 2) for left, advance in zip(lefts.tolist(), advances, strict=True))
+    centres = tuple(
+        (left + advance / 2, y + height / 2) for left, advance in zip(lefts.tolist(), advances, strict=True)
+    )
     return _Layer(alpha, ink=np.asarray(ink) / np.float32(255), text=SceneText(text, centres))

@@ -50,7 +50,8 @@ _SOFT_BINS = 512 / IMAGE_SIZE
 def make_config(tokenizer: Tokenizer, width: int = 128) -> PaliGemmaConfig:
     """The shapes model's dimensions, as transformers' configuration."""
     rows = -(-(tokenizer.get_vocab_size() + 1) // 64) * 64  # PaliGemma, too, stores rows beyond its vocabulary
-    tokens = {name: tokenizer.token_to_id(f"<{name}>") for name in ("pad", "bos", "eos")}
+    vocabulary = tokenizer.get_vocab()
+    tokens = {name: vocabulary[f"<{name}>"] for name in ("pad", "bos", "eos")}
     vision = SiglipVisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
@@ -76,7 +77,7 @@ def make_config(tokenizer: Tokenizer, width: int = 128) -> PaliGemmaConfig:
     config = PaliGemmaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.token_to_id(IMAGE),
+        image_token_index=vocabulary[IMAGE],
         projection_dim=width,
         hidden_size=width,
         tie_word_embeddings=True,
@@ -100,7 +101,7 @@ def make_model(tokenizer: Tokenizer) -> PaliGemmaForConditionalGeneration:
     config._attn_implementation = "sdpa"
     model = PaliGemmaForConditionalGeneration(config)
     width = config.text_config.hidden_size
-    first = tokenizer.token_to_id(LOCATIONS[0])
+    first = tokenizer.get_vocab()[LOCATIONS[0]]
     edges = torch.arange(len(LOCATIONS)) / (len(LOCATIONS) - 1)
     centres = (torch.arange(GRID) + 0.5) / GRID
     half = width // 2
@@ -135,9 +136,7 @@ class DenseHeads(nn.Module):
         classes, box, chars, order = self.patch(features).split(self.sizes, -1)
         inside = targets["patch_class"] >= 0
         char_targets = targets["patch_chars"].flatten() % (len(CHARACTERS) + 1)
-        char_losses = functional.cross_entropy(
-            chars.reshape(-1, len(CHARACTERS) + 1), char_targets, reduction="none"
-        )
+        char_losses = functional.cross_entropy(chars.reshape(-1, len(CHARACTERS) + 1), char_targets, reduction="none")
         has_char = char_targets != len(CHARACTERS)
         kinds = targets["patch_class"].flatten() % (len(CLASSES) + 1)
         return {
@@ -168,12 +167,12 @@ class Batch:
 
 
 class Encoder:
-    """Tokenizes examples; answers are cached by nothing, the tokenizer is fast enough."""
+    """Turns examples into token ids: prefix and suffix apart, as the model is asked."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.bos, self.eos = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<eos>")
-        self.newline = tokenizer.token_to_id(NEWLINE)
+        vocabulary = tokenizer.get_vocab()
+        self.bos, self.eos, self.newline = (vocabulary[name] for name in ("<bos>", "<eos>", NEWLINE))
 
     def prefix(self, example: Example) -> list[int]:
         return [self.bos, *self.tokenizer.encode(example.prompt, add_special_tokens=False).ids, self.newline]
@@ -236,7 +235,8 @@ def _patch_ranks(patch_object: Any, objects: Any, example: Example) -> np.ndarra
     table = np.full(MAX_OBJECTS + 1, MAX_OBJECTS)  # the last one serves patch_object == -1
     for rank, target in enumerate(example.targets):
         table[next(place for place, item in enumerate(objects) if item is target)] = rank
-    return table[patch_object]
+    ranks: np.ndarray[Any, Any] = table[patch_object]
+    return ranks
 
 
 def prefix_lm_mask(prefix_length: Tensor, length: Tensor, width: int) -> Tensor:
@@ -468,7 +468,7 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     encoder = Encoder(tokenizer)
-    trainee = Trainee(make_model(tokenizer), tokenizer.token_to_id(LOCATIONS[0])).to(arguments.device)
+    trainee = Trainee(make_model(tokenizer), tokenizer.get_vocab()[LOCATIONS[0]]).to(arguments.device)
     optimizers = make_optimizers(trainee, arguments.rate)
     pool = Pool.load(arguments.pool)
     step, seconds = 0, 0.0
@@ -485,11 +485,13 @@ def train(arguments: argparse.Namespace) -> None:
         rng = np.random.default_rng((1, step, rank))
         alone = step < arguments.vision_steps
         num_images = arguments.images // num_workers
-        shape = (num_images * arguments.prompts, 1) if alone else (num_images, arguments.prompts)
-        batch = make_batch(pool, encoder, rng, *shape, arguments.device)
+        images, prompts = (num_images * arguments.prompts, 1) if alone else (num_images, arguments.prompts)
+        batch = make_batch(pool, encoder, rng, images, prompts, arguments.device)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1) * _learning_rate(step, arguments.steps, arguments.rate, arguments.vision_steps)
+                group["lr"] = (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1) * _learning_rate(
+                    step, arguments.steps, arguments.rate, arguments.vision_steps
+                )
         with torch.autocast(arguments.device.split(":")[0], torch.bfloat16, enabled=arguments.bf16):
             losses = trainee.vision_loss(batch) if alone else trainee(batch)
         dense = _dense_weight(step, arguments.steps)

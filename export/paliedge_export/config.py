@@ -106,7 +106,9 @@ def read_config(folder: Path) -> ModelConfig:
     found = raw.get("model_type") if isinstance(raw, dict) else None
     if found != "paligemma":
         raise _unsupported("model_type", found, "paligemma")
-    vision, text = raw.get("vision_config") or {}, raw.get("text_config") or {}
+    vision, text = raw.get("vision_config"), raw.get("text_config")
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise _unsupported("vision_config and text_config", "a section that is missing", "sections of config.json")
     kind = text.get("model_type", "gemma")
     if kind not in ("gemma", "gemma2"):
         raise _unsupported("text_config.model_type", kind, "gemma or gemma2")

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from paliedge.bundle import Tokens
 from paliedge_export.checkpoint import Checkpoint
 from paliedge_export.config import ModelConfig, TextConfig
 from paliedge_export.graph import GraphBuilder
@@ -31,14 +32,14 @@ _MASKED = -1e9
 _NEVER = -3e38
 
 
-def add_decoder(graph: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, vocab_size: int, head: str) -> None:
+def add_decoder(graph: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig, tokens: Tokens, head: str) -> None:
     """The decoder's nodes.
 
     Inputs: inputs_embeds [B, S, H] float32; position_ids [B, S] int64, 1-based, consecutive;
     prefix_length [B] int64; allowed_ids [B, 2] int64, first and last id that may win;
     past_key_values.N.key and .value [B, kv heads, P, head_dim].
     Outputs: next_token [B] int64 after the last token of the prefix (prefill) or of S (decode);
-    log_prob [B] float32, its log-probability among all `vocab_size` ids;
+    log_prob [B] float32, its log-probability among all tokens;
     present.N.key and .value [B, kv heads, S, head_dim], the rows of the S new tokens.
 
     `head` names the output matrix [vocab_size, H].
@@ -67,7 +68,7 @@ def add_decoder(graph: GraphBuilder, checkpoint: Checkpoint, config: ModelConfig
         x = graph.op("Add", x, fed)
     last = _last_hidden(graph, x, start, prefix_length)
     last = _norm(graph, checkpoint, text, "language_model.norm", last)
-    _choose_token(graph, text, last, head, vocab_size, allowed)
+    _choose_token(graph, text, last, head, tokens, allowed)
 
 
 def _cache_inputs(graph: GraphBuilder, text: TextConfig, index: int) -> tuple[str, str]:
@@ -194,7 +195,7 @@ def _last_hidden(graph: GraphBuilder, x: str, start: str, prefix_length: str) ->
     return graph.op("GatherND", x, index, batch_dims=1)
 
 
-def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, head: str, vocab_size: int, allowed: str) -> None:
+def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, head: str, tokens: Tokens, allowed: str) -> None:
     """Logits over the real vocabulary, the best allowed one and its log-probability among all."""
     if graph.compute_type == np.float32:
         logits = graph.op("Gemm", hidden, head, transB=1)
@@ -203,7 +204,10 @@ def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, head: str,
     if text.final_softcap:
         logits = _softcap(graph, logits, text.final_softcap)
     logits = graph.op("Identity", logits, name="logits")
-    ids = graph.op("Range", *(graph.constant(value, np.int64) for value in (0, vocab_size, 1)))
+    ids = graph.op("Range", *(graph.constant(value, np.int64) for value in (0, tokens.vocab_size, 1)))
+    if tokens.image < tokens.vocab_size:  # a fine-tune added tokens behind the image token
+        is_image = graph.op("Equal", ids, graph.constant(tokens.image, np.int64))
+        logits = graph.op("Where", is_image, graph.constant(_NEVER), logits)
     first, last = graph.split(allowed, [1, 1], axis=1)
     inside = graph.op("And", graph.op("GreaterOrEqual", ids, first), graph.op("LessOrEqual", ids, last))
     winner = graph.op("ArgMax", graph.op("Where", inside, logits, graph.constant(_NEVER)), axis=1, keepdims=1)

@@ -148,7 +148,7 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
     def add_decoder_with_head(graph: GraphBuilder) -> None:
         shape = (rows, config.text.hidden_size)
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        add_decoder(graph, tensors, config, rows, graph.external(LM_HEAD, dtype, shape, head, 0, size))
+        add_decoder(graph, tensors, config, tokens, graph.external(LM_HEAD, dtype, shape, head, 0, size))
 
     vision = _write_graph(folder, "vision_encoder", precision, lambda graph: add_vision_encoder(graph, tensors, config))
     decoder = _write_graph(folder, "decoder", precision, add_decoder_with_head)

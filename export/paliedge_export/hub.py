@@ -18,7 +18,7 @@ def find_checkpoint(checkpoint: str) -> Path:
         CheckpointError: neither a folder nor an id, or a repository that is gated, missing or out of reach.
     """
     folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    if checkpoint and folder.is_dir():
         return folder
     if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
         raise _misspelt(checkpoint)

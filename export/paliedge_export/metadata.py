@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from tokenizers import Tokenizer
 
 from paliedge.bundle import Preprocess, Tokens
@@ -71,7 +72,14 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
             action="config.json and preprocessor_config.json must belong together.",
         )
     mean, std = (raw.get(name, [0.5, 0.5, 0.5]) for name in ("image_mean", "image_std"))
-    return Preprocess(resample=_RESAMPLE[resample], mean=tuple(mean), std=tuple(std))
+    try:
+        return msgspec.convert({"resample": _RESAMPLE[resample], "mean": mean, "std": std}, Preprocess)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            expected="image_mean and image_std of three numbers",
+            found=f"{error}",
+            action="Take preprocessor_config.json from the checkpoint that yours was trained from.",
+        ) from None
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:

@@ -126,9 +126,7 @@ def test_only_bad_files_give_5(tmp_path: Path) -> None:
         (["fly"], 2, "No such command"),
     ],
 )
-def test_errors_say_what_is_wrong_and_have_their_exit_code(
-    arguments: list[object], exit_code: int, words: str
-) -> None:
+def test_errors_say_what_is_wrong_and_have_their_exit_code(arguments: list[object], exit_code: int, words: str) -> None:
     result = run(*arguments)
     assert result.exit_code == exit_code
     assert words in result.stderr

@@ -132,6 +132,13 @@ def test_the_old_gemma_name_of_the_tanh_gelu_is_accepted(tmp_path: Path) -> None
     assert read(tmp_path, raw).family == "paligemma"
 
 
+@pytest.mark.parametrize("section", ["vision_config", "text_config"])
+def test_a_config_without_a_section_is_refused(section: str, tmp_path: Path) -> None:
+    """transformers would take 3B sizes for it; no published checkpoint leaves one out."""
+    with pytest.raises(CheckpointError, match="a section that is missing"):
+        read(tmp_path, changed(lambda raw: raw.pop(section)))
+
+
 def test_an_untied_head_is_read(tmp_path: Path) -> None:
     assert read(tmp_path, changed(lambda raw: raw.update(tie_word_embeddings=False))).tied is False
 

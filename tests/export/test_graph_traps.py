@@ -18,6 +18,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge_export.exporter import export_bundle
@@ -193,6 +194,29 @@ def test_rows_that_are_no_tokens_never_win(family: str, tmp_path: Path) -> None:
     answer = graphs.run(embed_prefix(graphs, SHORT), [NUM_IMAGE_TOKENS + len(SHORT)], allowed=(0, 2**31))
     assert answer["next_token"][0] == everything[:first].argmax()
     assert answer["log_prob"][0] == pytest.approx(log_softmax(everything[:first]).max(), abs=1e-4)
+
+
+def test_the_image_token_never_wins_where_a_fine_tune_added_tokens_behind_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    make_tiny(folder, "paligemma")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    image = tokenizer.get_vocab()["<image>"]
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["language_model.model.embed_tokens.weight"]
+    table[image + 1] = table[3] * 100
+    table[image] = table[image + 1] * 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    export_bundle(str(folder), tmp_path / "bundle", compare=False)
+    graphs = Graphs(tmp_path / "bundle")
+    assert graphs.manifest.tokens.vocab_size == image + 2
+    length = NUM_IMAGE_TOKENS + len(SHORT)
+    for sign in (1, -1):  # one of the two makes the planted logits the largest
+        found = graphs.run(sign * embed_prefix(graphs, SHORT), [length], allowed=(0, 2**31))
+        assert found["next_token"][0] != image
+    only = graphs.run(embed_prefix(graphs, SHORT), [length], allowed=(image, image + 1))
+    assert only["next_token"][0] == image + 1
 
 
 def test_allowed_ids_restrict_the_winner_but_not_its_probability(tiny: Tiny) -> None:

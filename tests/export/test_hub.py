@@ -138,7 +138,7 @@ def test_a_local_folder_wins_over_a_repository_of_its_name(monkeypatch: pytest.M
     assert find_checkpoint(REPOSITORY) == Path(REPOSITORY)
 
 
-@pytest.mark.parametrize("checkpoint", ["paligemma", "a/b/c", "../x", "/no/such/folder", "a b/c", "https://x/y"])
+@pytest.mark.parametrize("checkpoint", ["", "paligemma", "a/b/c", "../x", "/no/such/folder", "a b/c", "https://x/y"])
 def test_what_is_neither_folder_nor_id_is_refused(checkpoint: str) -> None:
     with pytest.raises(CheckpointError, match="Check the spelling"):
         find_checkpoint(checkpoint)

@@ -46,7 +46,7 @@ def test_core_and_cpu_install_within_the_budget_and_run_the_demo(wheel: Path, tm
     """At most 30 packages and 60 MB of wheels, ours included; then the demo, with nothing else there."""
     wheels = tmp_path / "wheels"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "download", "-q", "-d", wheels, f"{wheel}[cpu]"], check=True, capture_output=True)
+    subprocess.run([*pip, "download", "-q", "-d", str(wheels), f"{wheel}[cpu]"], check=True, capture_output=True)
     files = list(wheels.iterdir())
     assert len(files) <= MAX_PACKAGES
     assert sum(path.stat().st_size for path in files) <= MAX_WHEEL_BYTES
@@ -56,7 +56,7 @@ def test_core_and_cpu_install_within_the_budget_and_run_the_demo(wheel: Path, tm
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-q", "--no-index", "--find-links", wheels, "paliedge[cpu]"]
+    install = [str(python), "-m", "pip", "install", "-q", "--no-index", "--find-links", str(wheels), "paliedge[cpu]"]
     subprocess.run(install, check=True, capture_output=True)
     demo = subprocess.run(
         [environment / "bin" / "paliedge", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -70,7 +70,9 @@ def test_core_and_cpu_install_within_the_budget_and_run_the_demo(wheel: Path, tm
 
 
 def test_nothing_in_the_project_names_a_registry_or_unpickles() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     suspicious = re.compile(
         r"https?://[^\s\"']*(?:pypi|pythonhosted|npmjs|debian)\.|^\s*(?:import|from) pickle|allow_pickle=True|\beval\(",
         re.MULTILINE,
