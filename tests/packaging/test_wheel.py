@@ -42,31 +42,47 @@ def test_the_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:
     assert "paliedge = paliedge.cli:main" in entry_points
 
 
-def test_core_and_cpu_install_within_the_budget_and_run_the_demo(wheel: Path, tmp_path: Path) -> None:
-    """At most 30 packages and 60 MB of wheels, ours included; then the demo, with nothing else there."""
-    wheels = tmp_path / "wheels"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "download", "-q", "-d", str(wheels), f"{wheel}[cpu]"], check=True, capture_output=True)
-    files = list(wheels.iterdir())
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+JETSONS = {"jetpack6": "3.10", "jetpack7": "3.12"}
+
+
+@pytest.mark.parametrize("python", JETSONS.values(), ids=JETSONS)
+def test_core_and_cpu_stay_within_the_budget_on_a_jetson(wheel: Path, python: str, tmp_path: Path) -> None:
+    """At most 30 packages and 60 MB of wheels, ours included, for the board's processor and Python."""
+    platforms = [f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_aarch64"]
+    for_board = [f"--platform={name}" for name in platforms]
+    for_board += ["--python-version", python, "--implementation", "cp", "--only-binary=:all:"]
+    subprocess.run(
+        [*PIP, "download", "-q", "-d", str(tmp_path), *for_board, f"{wheel}[cpu]"], check=True, capture_output=True
+    )
+    files = list(tmp_path.iterdir())
+    names = {path.name.split("-")[0] for path in files}
+    assert {"paliedge", "onnxruntime", "numpy", "pillow", "tokenizers"} <= names
+    assert not names & {"torch", "transformers", "onnx", "opencv_python", "opencv_python_headless"}
     assert len(files) <= MAX_PACKAGES
     assert sum(path.stat().st_size for path in files) <= MAX_WHEEL_BYTES
-    for absent in ("torch", "transformers", "onnx-", "opencv"):
-        assert not any(path.name.startswith(absent) for path in files)
 
+
+def test_core_and_cpu_alone_run_the_demo(wheel: Path, tmp_path: Path) -> None:
+    """In an environment with nothing else, and no way to fetch anything more."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "-q", "--no-index", "--find-links", str(wheels), "paliedge[cpu]"]
+    install = [str(python), *PIP[1:], "install", "-q", f"{wheel}[cpu]"]
     subprocess.run(install, check=True, capture_output=True)
+    offline = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     demo = subprocess.run(
-        [environment / "bin" / "paliedge", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [environment / "bin" / "paliedge", "demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=offline,
     )
     assert "detect" in demo.stdout
-    assert list((tmp_path / "demo_output").glob("*.png"))
-    check = "import paliedge, sys; from paliedge.cli.bundles import DEMO_SCENES as d; "
-    check += "paliedge.PaliGemma.load().detect(next(d.glob('*.png')), ['red circle']); "
-    check += "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
-    subprocess.run([python, "-c", check], check=True, cwd=tmp_path)
+    assert len(list((tmp_path / "demo_output").glob("*.png"))) == 3
+    for absent in ("torch", "transformers", "onnx"):
+        assert subprocess.run([python, "-c", f"import {absent}"], capture_output=True, check=False).returncode != 0
 
 
 def test_nothing_in_the_project_names_a_registry_or_unpickles() -> None:
@@ -74,7 +90,7 @@ def test_nothing_in_the_project_names_a_registry_or_unpickles() -> None:
         "\n"
     )
     suspicious = re.compile(
-        r"https?://[^\s\"']*(?:pypi|pythonhosted|npmjs|debian)\.|^\s*(?:import|from) pickle|allow_pickle=True|\beval\(",
+        r"https?://[^\s\"']*(?:pypi|pythonhosted|npmjs|debian)\.|^\s*(?:import|from) pickle|allow_pickle=True|(?<!\.)\beval\(",
         re.MULTILINE,
     )
     for name in listed:
