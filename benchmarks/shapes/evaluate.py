@@ -68,8 +68,8 @@ def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
     expected, found = zip(*tally.texts, strict=True)
     return {
         "num_scenes": num_scenes,
-        "detect_ap50": round(_ap50(tally, scored=True, num_scenes=num_scenes), 4),
-        "detect_ap50_unscored": round(_ap50(tally, scored=False, num_scenes=num_scenes), 4),
+        "detect_ap50": round(ap50(tally, scored=True, num_scenes=num_scenes), 4),
+        "detect_ap50_unscored": round(ap50(tally, scored=False, num_scenes=num_scenes), 4),
         **shares,
         "counting_and_colour": round(float(np.mean(tally.right["counting"] + tally.right["colour"])), 4),
         "ocr_character_error_rate": round(float(jiwer.cer(list(expected), list(found))), 4),
@@ -120,7 +120,7 @@ def _ask(model: PaliGemma, encoded: Any, scene: Scene, rng: np.random.Generator,
         tally.right["colour"].append(answer.text == target.colour)
 
 
-def _ap50(tally: Tally, *, scored: bool, num_scenes: int) -> float:
+def ap50(tally: Tally, *, scored: bool, num_scenes: int) -> float:
     """AP at IoU 0.5, all sizes, at most 100 boxes a scene, as COCO defines it."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth = COCO()

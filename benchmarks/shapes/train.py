@@ -39,6 +39,8 @@ from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, NEWLINE, build_tokeni
 NUM_PATCHES = GRID * GRID
 VALIDATION_SEED = 500_000_000
 IGNORE = -100
+LOG_EVERY = 100
+VALIDATION_SCENES = 60
 _TASKS_WITH_TARGETS = ("detect", "count", "colour")
 _MARK_LAYER = 3
 _LENGTH_GROUPS = 3
@@ -508,12 +510,12 @@ def train(arguments: argparse.Namespace) -> None:
         step += 1
         for name, value in losses.items():
             sums[name] += float(value.detach())
-        if step % 100 == 0 and rank == 0:
-            row: dict[str, Any] = {"step": step, **{name: round(value / 100, 4) for name, value in sums.items()}}
+        if step % LOG_EVERY == 0 and rank == 0:
+            row: dict[str, Any] = {"step": step, **{name: round(value / LOG_EVERY, 4) for name, value in sums.items()}}
             sums.clear()
             if step % arguments.every == 0 or step == arguments.steps:
                 if step > arguments.vision_steps:
-                    row |= validate(trainee, encoder, 60)
+                    row |= validate(trainee, encoder, VALIDATION_SCENES)
                 elapsed = seconds + time.perf_counter() - started
                 state = {
                     "trainee": trainee.state_dict(),

@@ -90,7 +90,8 @@ def test_nothing_in_the_project_names_a_registry_or_unpickles() -> None:
         "\n"
     )
     suspicious = re.compile(
-        r"https?://[^\s\"']*(?:pypi|pythonhosted|npmjs|debian)\.|^\s*(?:import|from) pickle|allow_pickle=True|(?<!\.)\beval\(",
+        r"https?://[^\s\"']*(?:pypi|pythonhosted|npmjs|debian)\."
+        r"|^\s*(?:import|from) pickle|allow_pickle=True|(?<!\.)\beval\(",
         re.MULTILINE,
     )
     for name in listed:

@@ -1,0 +1,79 @@
+"""Training runs, goes on where it stopped, and leaves a checkpoint that transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PaliGemmaForConditionalGeneration
+
+from benchmarks.shapes.pool import Pool, draw_pool
+from benchmarks.shapes.scenes import CLASSES, make_scene
+from benchmarks.shapes.train import prefix_lm_mask, train
+from benchmarks.shapes.vocabulary import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pool")
+    draw_pool(folder, 40, workers=1)
+    return folder
+
+
+def test_the_pool_keeps_scenes_as_they_are_drawn(pool: Path) -> None:
+    loaded = Pool.load(pool)
+    for index in range(40):
+        drawn, kept = make_scene(index), loaded.scene(index)
+        assert (kept.image == drawn.image).all()
+        assert [(item.label, item.box) for item in kept.objects] == [(item.label, item.box) for item in drawn.objects]
+        assert (kept.text.text if kept.text else "") == (drawn.text.text if drawn.text else "")
+        for place, item in enumerate(drawn.objects):
+            patches = loaded.patch_object[index].reshape(8, 8) == place
+            covered = item.mask.reshape(8, 14, 8, 14).any(axis=(1, 3))
+            assert not (patches & ~covered).any()
+            assert CLASSES[loaded.classes[index, place]] == item.label
+
+
+def test_the_prefix_sees_itself_and_the_suffix_sees_back() -> None:
+    mask = prefix_lm_mask(torch.tensor([2, 3]), torch.tensor([4, 3]), 5)[:, 0].int().tolist()
+    assert mask[0] == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],  # padding: sees something, is seen by nothing
+    ]
+    assert [row[3] for row in mask[1][:3]] == [0, 0, 0]
+
+
+def test_training_resumes_and_ends_with_a_checkpoint(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.shapes.train.LOG_EVERY", 2)
+    monkeypatch.setattr("benchmarks.shapes.train.VALIDATION_SCENES", 1)
+    monkeypatch.setattr("benchmarks.shapes.train.build_tokenizer", lambda: build_tokenizer(50))
+    arguments = argparse.Namespace(
+        pool=pool,
+        run=tmp_path,
+        steps=2,
+        vision_steps=1,
+        images=4,
+        prompts=2,
+        rate=1e-3,
+        device="cpu",
+        bf16=False,
+        every=2,
+    )
+    train(arguments)
+    first = (tmp_path / "state.pt").stat().st_mtime_ns
+    arguments.steps = 4
+    train(arguments)
+    assert (tmp_path / "state.pt").stat().st_mtime_ns > first
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+    assert model.dtype == torch.float16
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
