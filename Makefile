@@ -8,8 +8,8 @@ TORCH ?= torch==2.13.0
 .PHONY: demo test lint types architecture ci clean
 
 demo: $(DEMO)/ready
-	$(DEMO)/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes
-	$(DEMO)/bin/paliedge demo -m build/shapes --save demo_output
+	@$(DEMO)/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes --no-compare
+	@$(DEMO)/bin/paliedge demo -m build/shapes --save demo_output
 
 test: $(TEST)/ready
 	$(TEST)/bin/python -m pytest

@@ -2,9 +2,10 @@
 
     python -m benchmarks.shapes.evaluate BUNDLE --scenes 500
 
-Every class of a scene is asked for alone, and one class that is not there. AP50 is pycocotools',
-once with each box ranked by the mean probability of its tokens, once with all boxes equal. Text is
-scored by jiwer's character error rate.
+Every class of a scene is asked for alone, and one class that is not there; then up to three of its
+classes together in one prompt. AP50 is pycocotools', once with each box ranked by the geometric mean
+of its four location tokens' probabilities, once with all boxes equal. Text is scored by jiwer's
+character error rate.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +29,63 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.machine import describe_machine
-from benchmarks.shapes.scenes import CLASSES, HELD_OUT_SEED, IMAGE_SIZE, SHAPES, Scene, caption, make_scene
-from paliedge import Generation, PaliGemma
+from benchmarks.shapes.scenes import (
+    CLASSES,
+    HELD_OUT_SEED,
+    IMAGE_SIZE,
+    NUM_LOCATIONS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    caption,
+    make_scene,
+)
+from paliedge import EncodedImage, Generation, PaliGemma
+
+
+@dataclass
+class Boxes:
+    """COCO annotations and results."""
+
+    ground_truth: list[dict[str, Any]] = field(default_factory=list)
+    detections: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_truth(self, image: int, objects: Iterable[SceneObject]) -> None:
+        for item in objects:
+            width, height = item.box.x2 - item.box.x1, item.box.y2 - item.box.y1
+            self.ground_truth.append(
+                {
+                    "id": len(self.ground_truth) + 1,
+                    "image_id": image,
+                    "category_id": _category(item.label),
+                    "bbox": [item.box.x1, item.box.y1, width, height],
+                    "area": width * height,
+                    "iscrowd": 0,
+                }
+            )
+
+    def add_answer(self, image: int, answer: Generation, first_location: int) -> None:
+        for item, score in zip(answer.detections, box_scores(answer, first_location), strict=True):
+            x1, y1, x2, y2 = item.box
+            box = [x1, y1, x2 - x1, y2 - y1]
+            row = {"image_id": image, "category_id": _category(item.label), "bbox": box, "score": score}
+            self.detections.append(row)
 
 
 @dataclass
 class Tally:
     """Answers so far, by task."""
 
+    alone: Boxes = field(default_factory=Boxes)
+    together: Boxes = field(default_factory=Boxes)
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
-    ground_truth: list[dict[str, Any]] = field(default_factory=list)
-    detections: list[dict[str, Any]] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
     timings: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def time(self, answer: Generation) -> None:
+    def time(self, answer: Generation) -> Generation:
         self.timings["prefill_ms"].append(answer.timings.prefill_ms)
         self.timings["decode_step_ms"] += answer.timings.decode_ms
+        return answer
 
 
 def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
@@ -54,22 +97,20 @@ def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
         encoded = model.encode(scene.image)
         tally.timings["vision_ms"].append(encoded.vision_ms)
         _detect(model, encoded, scene, index, rng, tally)
-        answer = model.caption(encoded)
-        tally.time(answer)
-        tally.right["caption_exact_match"].append(answer.text == caption(scene))
+        tally.right["caption_exact_match"].append(tally.time(model.caption(encoded)).text == caption(scene))
         _ask(model, encoded, scene, rng, tally)
-        answer = model.ocr(encoded)
-        tally.time(answer)
+        text = tally.time(model.ocr(encoded)).text
         if scene.text:
-            tally.texts.append((scene.text.text, answer.text))
+            tally.texts.append((scene.text.text, text))
         else:
-            tally.right["no_text_read_where_there_is_none"].append(answer.text == "")
+            tally.right["no_text_read_where_there_is_none"].append(text == "")
     shares = {name: round(float(np.mean(values)), 4) for name, values in sorted(tally.right.items())}
     expected, found = zip(*tally.texts, strict=True)
     return {
         "num_scenes": num_scenes,
-        "detect_ap50": round(ap50(tally, scored=True, num_scenes=num_scenes), 4),
-        "detect_ap50_unscored": round(ap50(tally, scored=False, num_scenes=num_scenes), 4),
+        "detect_ap50": round(ap50(tally.alone, scored=True, num_scenes=num_scenes), 4),
+        "detect_ap50_unscored": round(ap50(tally.alone, scored=False, num_scenes=num_scenes), 4),
+        "detect_ap50_several_labels": round(ap50(tally.together, scored=True, num_scenes=num_scenes), 4),
         **shares,
         "counting_and_colour": round(float(np.mean(tally.right["counting"] + tally.right["colour"])), 4),
         "ocr_character_error_rate": round(float(jiwer.cer(list(expected), list(found))), 4),
@@ -78,60 +119,65 @@ def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
     }
 
 
-def _detect(model: PaliGemma, encoded: Any, scene: Scene, index: int, rng: np.random.Generator, tally: Tally) -> None:
+def box_scores(answer: Generation, first_location: int) -> list[float]:
+    """One score a detection: its four location tokens' probabilities, geometric mean."""
+    scores = []
+    bins = [token - first_location for token in answer.token_ids]
+    for is_location, places in groupby(range(len(bins)), lambda place: 0 <= bins[place] < NUM_LOCATIONS):
+        group = list(places)
+        if is_location and len(group) % 4 == 0:
+            for four in zip(*[iter(group)] * 4, strict=True):
+                y1, x1, y2, x2 = (bins[place] for place in four)
+                if y1 < y2 and x1 < x2:
+                    scores.append(math.exp(statistics.fmean(answer.log_probs[place] for place in four)))
+    return scores
+
+
+def _category(label: str) -> int:
+    return CLASSES.index(label) + 1 if label in CLASSES else len(CLASSES) + 1
+
+
+def _detect(
+    model: PaliGemma, encoded: EncodedImage, scene: Scene, index: int, rng: np.random.Generator, tally: Tally
+) -> None:
+    first_location = model.manifest.tokens.first_location
     present = sorted({item.label for item in scene.objects})
     absent = str(rng.choice([label for label in CLASSES if label not in present]))
     for label in (*present, absent):
-        answer = model.detect(encoded, [label])
-        tally.time(answer)
+        answer = tally.time(model.detect(encoded, [label]))
         if label == absent:
             tally.right["absent_class_gives_nothing"].append(not answer.detections)
-        score = math.exp(statistics.fmean(answer.log_probs)) if answer.log_probs else 0.0
-        for item in answer.detections:
-            x1, y1, x2, y2 = item.box
-            category = CLASSES.index(item.label) + 1 if item.label in CLASSES else len(CLASSES) + 1
-            box = [x1, y1, x2 - x1, y2 - y1]
-            tally.detections.append({"image_id": index, "category_id": category, "bbox": box, "score": score})
-    for target in scene.objects:
-        width, height = target.box.x2 - target.box.x1, target.box.y2 - target.box.y1
-        tally.ground_truth.append(
-            {
-                "id": len(tally.ground_truth) + 1,
-                "image_id": index,
-                "category_id": CLASSES.index(target.label) + 1,
-                "bbox": [target.box.x1, target.box.y1, width, height],
-                "area": width * height,
-                "iscrowd": 0,
-            }
-        )
+        tally.alone.add_answer(index, answer, first_location)
+    tally.alone.add_truth(index, scene.objects)
+    asked = [str(label) for label in rng.permutation(present)[:3]]
+    tally.together.add_answer(index, tally.time(model.detect(encoded, asked)), first_location)
+    tally.together.add_truth(index, (item for item in scene.objects if item.label in asked))
 
 
-def _ask(model: PaliGemma, encoded: Any, scene: Scene, rng: np.random.Generator, tally: Tally) -> None:
+def _ask(model: PaliGemma, encoded: EncodedImage, scene: Scene, rng: np.random.Generator, tally: Tally) -> None:
     counts = Counter(item.shape for item in scene.objects)
     shape = str(rng.choice(SHAPES if rng.random() < 0.3 else [item.shape for item in scene.objects]))
-    answer = model.ask(encoded, f"how many {shape}s are there?")
-    tally.time(answer)
+    answer = tally.time(model.ask(encoded, f"how many {shape}s are there?"))
     tally.right["counting"].append(answer.text == str(counts[shape]))
     single = [item for item in scene.objects if counts[item.shape] == 1]
     if single:
         target = single[rng.integers(len(single))]
-        answer = model.ask(encoded, f"what colour is the {target.shape}?")
-        tally.time(answer)
+        answer = tally.time(model.ask(encoded, f"what colour is the {target.shape}?"))
         tally.right["colour"].append(answer.text == target.colour)
 
 
-def ap50(tally: Tally, *, scored: bool, num_scenes: int) -> float:
+def ap50(boxes: Boxes, *, scored: bool, num_scenes: int) -> float:
     """AP at IoU 0.5, all sizes, at most 100 boxes a scene, as COCO defines it."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth = COCO()
         truth.dataset = {
             "info": {},
             "images": [{"id": index, "width": IMAGE_SIZE, "height": IMAGE_SIZE} for index in range(num_scenes)],
-            "annotations": tally.ground_truth,
+            "annotations": boxes.ground_truth,
             "categories": [{"id": index + 1, "name": name} for index, name in enumerate((*CLASSES, "other"))],
         }
         truth.createIndex()
-        found = truth.loadRes([item if scored else item | {"score": 1.0} for item in tally.detections])
+        found = truth.loadRes([item if scored else item | {"score": 1.0} for item in boxes.detections])
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.iouThrs = np.array([0.5])
         evaluation.evaluate()
@@ -149,7 +195,12 @@ def main() -> None:
     model = PaliGemma.load(arguments.bundle)
     scores = evaluate(model, arguments.scenes)
     target = model.manifest.targets["cpu"]
-    content = {"machine": describe_machine(), "precision": target.precision, "scores": scores}
+    content = {
+        "machine": describe_machine(),
+        "bundle": model.manifest.sha256,
+        "precision": target.precision,
+        "scores": scores,
+    }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(scores, indent=2))

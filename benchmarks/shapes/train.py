@@ -9,7 +9,7 @@ On a CPU a process a core, each with one thread, is twice as fast as one process
 
 RUN gets log.jsonl, the resumable state and, at the end, the checkpoint in Hugging Face format.
 Three helps that training has and the model does not keep: location targets are spread over the
-neighbouring bins; a dense head on the image features names each patch's object, its box and its
+neighbouring bins; a dense head on the vision encoder's output names each patch's object, its box and its
 characters; a head in the middle of the decoder marks the patches that answer the prompt, by rank.
 """
 

@@ -39,7 +39,7 @@ from paliedge.errors import MissingExtraError
     type=click.IntRange(8),
     default=128,
     show_default=True,
-    envvar="PALIEDGE_MAX_PROMPT_TOKENS",
+    envvar="PALIEDGE_EXPORT_MAX_PROMPT_TOKENS",
     show_envvar=True,
 )
 @click.option(
@@ -47,7 +47,7 @@ from paliedge.errors import MissingExtraError
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    envvar="PALIEDGE_MAX_NEW_TOKENS",
+    envvar="PALIEDGE_EXPORT_MAX_NEW_TOKENS",
     show_envvar=True,
 )
 @click.option(

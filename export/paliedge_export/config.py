@@ -79,6 +79,7 @@ _GEMMA2 = {
     "num_key_value_heads": 4,
     "head_dim": 256,
 }
+_LARGEST = 1 << 20
 _SIGLIP = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -120,22 +121,32 @@ def read_config(folder: Path) -> ModelConfig:
             raise _unsupported(name, section[name], "gelu_pytorch_tanh")
     if vision.get("vision_use_head"):
         raise _unsupported("vision_use_head", True, "False")
-    return ModelConfig(
-        family="paligemma2" if kind == "gemma2" else "paligemma",
-        vision=_read_vision(_SIGLIP | vision),
-        text=_read_text((_GEMMA2 if kind == "gemma2" else _GEMMA) | text, kind == "gemma2"),
-        tied=bool(raw.get("tie_word_embeddings", True)),
-    )
+    try:
+        return ModelConfig(
+            family="paligemma2" if kind == "gemma2" else "paligemma",
+            vision=_read_vision(_SIGLIP | vision),
+            text=_read_text((_GEMMA2 if kind == "gemma2" else _GEMMA) | text, kind == "gemma2"),
+            tied=bool(raw.get("tie_word_embeddings", True)),
+        )
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise _unsupported("every dimension", f"{error}", "a number") from None
+
+
+def _size(raw: dict[str, Any], name: str) -> int:
+    value = raw[name]
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise _unsupported(name, value, f"a whole number from 1 to {_LARGEST}")
+    return value
 
 
 def _read_vision(raw: dict[str, Any]) -> VisionConfig:
     config = VisionConfig(
-        image_size=raw["image_size"],
-        patch_size=raw["patch_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
+        image_size=_size(raw, "image_size"),
+        patch_size=_size(raw, "patch_size"),
+        hidden_size=_size(raw, "hidden_size"),
+        intermediate_size=_size(raw, "intermediate_size"),
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=_size(raw, "num_attention_heads"),
         eps=raw.get("layer_norm_eps", 1e-6),
     )
     if config.image_size % config.patch_size or config.hidden_size % config.num_heads:
@@ -152,12 +163,12 @@ def _read_text(raw: dict[str, Any], second: bool) -> TextConfig:
     if raw["num_attention_heads"] % raw["num_key_value_heads"]:
         raise _unsupported("num_key_value_heads", raw["num_key_value_heads"], "a divisor of num_attention_heads")
     return TextConfig(
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        head_dim=raw["head_dim"],
+        hidden_size=_size(raw, "hidden_size"),
+        intermediate_size=_size(raw, "intermediate_size"),
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=_size(raw, "num_attention_heads"),
+        num_kv_heads=_size(raw, "num_key_value_heads"),
+        head_dim=_size(raw, "head_dim"),
         query_scale=1 / math.sqrt(scalar),
         rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)),
         eps=raw.get("rms_norm_eps", 1e-6),

@@ -37,7 +37,7 @@ from paliedge.bundle import (
     publish_bundle,
     write_manifest,
 )
-from paliedge.errors import CheckpointError
+from paliedge.errors import CheckpointError, UsageError
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
 from paliedge_export.config import ModelConfig, read_config
@@ -54,6 +54,7 @@ DTYPES: dict[Precision, Literal["float32", "float16"]] = {"fp32": "float32", "fp
 DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
 """Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
 _TOKENIZER = "tokenizer.json"
+_GEMMA2_27B_WIDTH = 4608
 _ROWS_AT_A_TIME = 8192
 
 Report = Callable[[str], None]
@@ -77,11 +78,13 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint cannot be read, or is no PaliGemma.
         PrecisionError: the graphs differ from the reference; nothing is published.
-        BundleError: `output` holds something that is no bundle.
+        UsageError: `output` holds something that is no bundle, or the model must not be fp16.
     """
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
-    source = _Source(folder, config, read_tokens(folder), limits)
+    _check_precision(config, precision)
+    name = folder.resolve().name if Path(checkpoint).exists() else checkpoint
+    source = _Source(name, folder, config, read_tokens(folder), limits)
     tensors = Checkpoint(folder, config)
     _check_rows(tensors, source.tokens)
     with publish_bundle(output) as staging:
@@ -104,10 +107,20 @@ def export_bundle(
 
 @dataclass(frozen=True)
 class _Source:
+    name: str
     folder: Path
     config: ModelConfig
     tokens: Tokens
     limits: Limits
+
+
+def _check_precision(config: ModelConfig, precision: Precision) -> None:
+    if precision == "fp16" and config.text.hidden_size >= _GEMMA2_27B_WIDTH:
+        raise UsageError(
+            expected="a precision with the range of float32 for PaliGemma 2 28B",
+            found="fp16, in which Gemma 2 27B is known to go wrong",
+            action="Export it with --precision fp32.",
+        )
 
 
 def _check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
@@ -154,7 +167,7 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
     decoder = _write_graph(folder, "decoder", precision, add_decoder_with_head)
     manifest = Manifest(
         format_version=1,
-        producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.folder.resolve().name),
+        producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
         model=_describe_model(config),
         preprocess=read_preprocess(source.folder, config.vision.image_size),
         tokens=tokens,

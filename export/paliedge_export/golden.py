@@ -1,6 +1,7 @@
-"""Goldens: a few images and prompts with the answers that somebody else's arithmetic gave.
+"""Goldens: a few images and prompts with a reference's answers.
 
-They travel in the bundle, so that any machine can check its own run against them.
+They travel in the bundle, so that any machine can check its own run against the exporting one's. Where
+there was no reference (fp32 without torch) they are the graphs' own answers, and are compared with nothing.
 """
 
 from __future__ import annotations

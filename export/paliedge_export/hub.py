@@ -17,7 +17,10 @@ def find_checkpoint(checkpoint: str) -> Path:
     Raises:
         CheckpointError: neither a folder nor an id, or a repository that is gated, missing or out of reach.
     """
-    folder = Path(checkpoint).expanduser()
+    try:
+        folder = Path(checkpoint).expanduser()
+    except RuntimeError:  # ~somebody who has no home here
+        raise _misspelt(checkpoint) from None
     if checkpoint and folder.is_dir():
         return folder
     if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):

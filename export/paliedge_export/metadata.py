@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from paliedge.bundle import Preprocess, Tokens
 from paliedge.errors import CheckpointError
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
 _RESAMPLE: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
 
 
@@ -30,15 +32,21 @@ def read_tokens(folder: Path) -> Tokens:
             found="no such file" if not path.is_file() else f"a file that does not load ({error})",
             action="Take tokenizer.json from the checkpoint that yours was trained from.",
         ) from None
-    names = ("<bos>", "<eos>", "<pad>", "<image>", "<loc0000>", "<loc1023>", "<seg000>", "<seg127>")
+    locations = [f"<loc{index:04d}>" for index in range(_NUM_LOCATIONS)]
+    segmentations = [f"<seg{index:03d}>" for index in range(_NUM_SEGMENTATIONS)]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    names = ("<bos>", "<eos>", "<pad>", "<image>", *locations, *segmentations)
     ids = {name: vocabulary.get(name, -1) for name in names}
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
     absent = [name for name, index in ids.items() if index < 0]
-    if absent or len(newline) != 1 or ids["<loc1023>"] - ids["<loc0000>"] != 1023:
+    in_order = all(
+        ids[name] == ids[group[0]] + place for group in (locations, segmentations) for place, name in enumerate(group)
+    )
+    if absent or len(newline) != 1 or not in_order:
+        some = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
         raise CheckpointError(
             expected="a tokenizer with 1024 location, 128 segmentation and image tokens and a newline token",
-            found=f"none of {', '.join(absent)}" if absent else "other ids than PaliGemma's order gives",
+            found=f"none of {some}" if absent else "other ids than PaliGemma's order gives",
             action="This is a plain Gemma tokenizer; take tokenizer.json from a PaliGemma checkpoint.",
         )
     highest = max(index for name, index in vocabulary.items() if name != "<image>")
@@ -48,10 +56,10 @@ def read_tokens(folder: Path) -> Tokens:
         pad=ids["<pad>"],
         image=ids["<image>"],
         newline=newline[0],
-        first_location=ids["<loc0000>"],
-        num_locations=1024,
-        first_segmentation=ids["<seg000>"],
-        num_segmentations=128,
+        first_location=ids[locations[0]],
+        num_locations=_NUM_LOCATIONS,
+        first_segmentation=ids[segmentations[0]],
+        num_segmentations=_NUM_SEGMENTATIONS,
         vocab_size=highest + 1,
     )
 
@@ -65,7 +73,7 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
     raw = _read_processor(folder)
     size = raw.get("size", {"height": image_size, "width": image_size})
     resample = raw.get("resample", 3)
-    if size != {"height": image_size, "width": image_size} or resample not in _RESAMPLE:
+    if size != {"height": image_size, "width": image_size} or resample not in (*_RESAMPLE,):
         raise CheckpointError(
             expected=f"preprocessing to {image_size} x {image_size} pixels, bicubic (3) or bilinear (2)",
             found=f"size {size} and resample {resample}",
@@ -83,7 +91,7 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSOR_FILES:
         path = folder / name
         if path.is_file():
             try:

@@ -14,14 +14,14 @@ from PIL import Image
 
 from paliedge.prompt import PromptTokenizer
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
-from paliedge_export.metadata import read_tokens
+from paliedge_export.metadata import PROCESSOR_FILES, read_tokens
 
 if TYPE_CHECKING:
     from transformers import PaliGemmaForConditionalGeneration
 
 
 def make_reference_golden(folder: Path) -> Golden:
-    """Let transformers answer; ids and pixels are its own processor's.
+    """Let transformers answer; the pixels are its own processor's, the prompt's ids are ours.
 
     Raises:
         ModuleNotFoundError: torch or transformers is not installed.
@@ -32,7 +32,13 @@ def make_reference_golden(folder: Path) -> Golden:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = SiglipImageProcessorPil.from_pretrained(folder)
+    if any((folder / name).is_file() for name in PROCESSOR_FILES):
+        processor = SiglipImageProcessorPil.from_pretrained(folder)
+    else:
+        size = model.config.vision_config.image_size
+        processor = SiglipImageProcessorPil(
+            size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
     tokens = read_tokens(folder)
     tokenizer = PromptTokenizer(folder / "tokenizer.json", tokens)
     images = golden_images()

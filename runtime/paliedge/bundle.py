@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from paliedge.errors import BundleError, EngineMismatchError
+from paliedge.errors import BundleError, EngineMismatchError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -236,29 +236,46 @@ class Bundle:
                 raise _damaged(self.folder, f"'{name}' is no regular file")
             if status.st_size != recorded.size:
                 raise _damaged(self.folder, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
-        embedding, hidden_size = manifest.embedding, manifest.model.text.hidden_size
+        self._check_numbers()
+        if check_hashes:
+            self.verify_hashes(trust_notes=True)
+
+    def _check_numbers(self) -> None:
+        """Numbers of the manifest that must fit one another."""
+        manifest = self.manifest
+        embedding, hidden_size, tokens = manifest.embedding, manifest.model.text.hidden_size, manifest.tokens
         num_bytes = embedding.rows * hidden_size * {"float32": 4, "float16": 2}[embedding.dtype]
         if num_bytes > manifest.files[embedding.file].size:
             raise _damaged(self.folder, f"'{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
-        if check_hashes:
-            self.verify_hashes(remember=True)
+        used = (
+            tokens.vocab_size - 1,
+            tokens.bos,
+            tokens.eos,
+            tokens.newline,
+            tokens.first_location + tokens.num_locations - 1,
+            tokens.first_segmentation + tokens.num_segmentations - 1,
+        )
+        if max(used) >= embedding.rows:
+            raise _damaged(self.folder, f"token id {max(used)} without a row in a table of {embedding.rows}")
+        if manifest.limits.prefix <= manifest.model.vision.num_image_tokens:
+            raise _damaged(self.folder, f"a prefix limit of {manifest.limits.prefix}, which leaves no prompt")
 
-    def verify_hashes(self, *, remember: bool = False) -> None:
+    def verify_hashes(self, *, trust_notes: bool = False) -> None:
         """Compare every file's sha256 with the manifest's.
 
-        With `remember`, a file that passed once is not read again while its path, size, inode and
-        modification time stay the same; the notes lie in the user's cache folder.
+        What passed is noted in the user's cache folder. With `trust_notes`, such a file is not read
+        again while its path, size, inode and modification time stay the same.
         """
-        known = _read_known_digests() if remember else {}
+        known = _read_known_digests()
         fresh = dict(known)
         for name, recorded in self.manifest.files.items():
             path = self.folder / name
             key = _digest_key(path)
-            digest = known.get(key) or sha256_from_file(path)
+            digest = (trust_notes and known.get(key)) or sha256_from_file(path)
             if digest != recorded.sha256:
                 raise _damaged(self.folder, f"'{name}' with other content than was exported (sha256 {digest[:12]}...)")
             fresh[key] = digest
-        if remember and fresh != known:
+        if fresh != known:
             _write_known_digests(fresh)
 
 
@@ -292,16 +309,21 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
     killed run left behind is removed by the next one for the same `folder`.
 
     Raises:
-        BundleError: `folder` exists and is not a bundle.
+        UsageError: `folder` holds something that is no bundle, or cannot be made.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise BundleError(
+        raise UsageError(
             expected=f"{folder} to be new, empty or a bundle",
             found="other content",
             action="Name another output folder.",
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            expected=f"a place for {folder}", found=f"{error.strerror}", action="Name another output folder."
+        ) from None
     prefix = f".{folder.name}.new-"
     for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
         with _lock_folder(leftover) as locked:

@@ -58,5 +58,9 @@ class ImageError(PaliEdgeError):
     exit_code = 5
 
 
+class OutputError(PaliEdgeError):
+    """A result that cannot be written."""
+
+
 class MissingExtraError(PaliEdgeError):
     """A feature whose optional packages are not installed."""

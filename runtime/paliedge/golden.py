@@ -9,6 +9,7 @@ import numpy as np
 from paliedge.bundle import Bundle
 from paliedge.errors import BundleError
 from paliedge.model import PaliGemma
+from paliedge.results import Generation
 
 _TIE = 0.05
 """Nats: a first different token whose score is this near the golden's is a tie that rounding decided."""
@@ -31,6 +32,7 @@ def verify_golden(bundle: Bundle, model: PaliGemma) -> GoldenReport | None:
     if bundle.manifest.golden is None:
         return None
     num_answers = num_equal = num_ties = 0
+    eos = bundle.manifest.tokens.eos
     with np.load(bundle.path(bundle.manifest.golden), allow_pickle=False) as golden:
         images, prompts = golden["images"], golden["prompts"].tolist()
         token_ids, log_probs = golden["token_ids"], golden["log_probs"]
@@ -41,17 +43,25 @@ def verify_golden(bundle: Bundle, model: PaliGemma) -> GoldenReport | None:
             scores = log_probs[image_index, prompt_index].tolist()
             answer = model.generate(encoded, prompt, max_new_tokens=len(expected))
             num_answers += 1
-            found = list(answer.token_ids)
-            wanted = expected[: len(found)]
-            if found == wanted:
+            if _until(eos, expected) == list(answer.token_ids):
                 num_equal += 1
-                continue
-            first = next(place for place, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-            if abs(answer.log_probs[first] - scores[first]) > _TIE:
+            elif _is_tie(expected, scores, answer, eos):
+                num_ties += 1
+            else:
                 raise BundleError(
                     expected=f"the answer to '{prompt}' that was exported with the bundle",
-                    found=f"another token at place {first}",
+                    found=f"tokens {list(answer.token_ids)} instead of {_until(eos, expected)}",
                     action="Report this machine, its onnxruntime version and `paliedge info`.",
                 )
-            num_ties += 1
     return GoldenReport(num_answers, num_equal, num_ties)
+
+
+def _until(eos: int, tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+
+
+def _is_tie(expected: list[int], scores: list[float], answer: Generation, eos: int) -> bool:
+    """Whether the first different token scored as much as the golden one; an early end scores nothing."""
+    pairs = zip(_until(eos, expected), answer.token_ids, strict=False)
+    first = next((place for place, (wanted, found) in enumerate(pairs) if wanted != found), None)
+    return first is not None and abs(answer.log_probs[first] - scores[first]) <= _TIE

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import Any, TypeAlias
+from threading import Lock
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 32_000_000
 _WHITE = (255, 255, 255, 255)
+_WARNINGS = Lock()
+"""Held while warnings are ignored: their filters belong to the whole process."""
 _UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,16 +64,17 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
     try:
         if not path.is_file():  # a pipe would block, a device never end
             raise FileNotFoundError
-        content = path.read_bytes()
+        stream = path.open("rb")
     except (OSError, ValueError):  # ValueError: a NUL in the name
         raise ImageError(
             expected=f"a readable image file at {path}", found="none", action="Check the path and its permissions."
         ) from None
-    return _decode_file(io.BytesIO(content), str(path))
+    with stream:
+        return _decode_file(stream, str(path))
 
 
-def _decode_file(stream: io.BytesIO, name: str) -> Image.Image:
-    with warnings.catch_warnings():
+def _decode_file(stream: BinaryIO, name: str) -> Image.Image:
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged metadata; size is checked below, whatever Pillow warns of
         try:
             image = Image.open(stream, formats=FORMATS)

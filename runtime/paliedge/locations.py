@@ -68,7 +68,7 @@ def parse_locations(
             boxes, num_bad = _boxes_from_bins(edges, tokens.num_locations, image_wh)
             num_malformed += num_bad
             detections += boxes
-            labelled = bool(boxes) and len(edges) % 4 == 0 and _is_box(edges[-4:])
+            labelled = bool(boxes) and _is_box(edges[-4:])
         elif kind == "text" and edges:
             if labelled:
                 detections[-1] = detections[-1]._replace(label=_label_from_text(decode(ids)))

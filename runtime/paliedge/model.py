@@ -218,8 +218,16 @@ class PaliGemma:
                 found=f"{len(prefix)}",
                 action="Shorten it, or export the checkpoint again with --max-prompt-tokens.",
             )
-        encoded = image if isinstance(image, EncodedImage) else self.encode(image, bgr=bgr)
-        return encoded, prefix, limit
+        if not isinstance(image, EncodedImage):
+            return self.encode(image, bgr=bgr), prefix, limit
+        shape = (self.manifest.model.vision.num_image_tokens, self.manifest.model.text.hidden_size)
+        if image.features.shape != shape:
+            raise UsageError(
+                expected=f"image features of shape {list(shape)}",
+                found=f"an image that another model encoded, {list(image.features.shape)}",
+                action="Encode the image with the model that answers.",
+            )
+        return image, prefix, limit
 
     @contextmanager
     def _decode(self, image: EncodedImage, prefix: list[int], limit: int) -> Iterator[Iterator[GeneratedToken]]:

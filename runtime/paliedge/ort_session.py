@@ -71,7 +71,6 @@ class OrtSession:
         manifest = bundle.manifest
         self._target = bundle.target("cpu")
         self._hidden_size = manifest.model.text.hidden_size
-        self._num_layers = manifest.model.text.num_layers
         self._capacity = manifest.limits.prefix + manifest.limits.new_tokens
         num_threads = num_threads or len(os.sched_getaffinity(0))
         self._vision = _load(bundle.path(self._target.vision_encoder.file), num_threads)

@@ -37,7 +37,7 @@ class Generation:
         text: the answer; location tokens are spelled out.
         token_ids: the generated ids without end-of-sequence.
         log_probs: natural logarithm of each token's probability among all tokens.
-        detections: the boxes in it, in the model's order; one that the token limit cut off is left out.
+        detections: the boxes in it, in the model's order; at the token limit the last label may be cut.
         num_malformed: groups of location tokens in it that are no box.
         image_wh: width and height in pixels that the boxes refer to.
         finish_reason: "stop" at end-of-sequence, "length" at the token limit.

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from benchmarks.shapes.evaluate import Tally, ap50
+from benchmarks.shapes.evaluate import Boxes, ap50, box_scores, evaluate
+from benchmarks.shapes.scenes import HELD_OUT_SEED, caption, detect_example, make_scene
+from paliedge import Detection, EncodedImage, Generation, PaliGemma, Timings
+from paliedge.bundle import Bundle
+from paliedge.model import SHIPPED_BUNDLE
 
 
-def tally_of(detections: list[tuple[int, int, list[float], float]]) -> Tally:
-    tally = Tally()
+def boxes_of(detections: list[tuple[int, int, list[float], float]]) -> Boxes:
+    boxes = Boxes()
     for index in range(4):
         truth: dict[str, Any] = {"id": index + 1, "image_id": index, "category_id": 1, "iscrowd": 0}
-        tally.ground_truth.append(truth | {"bbox": [10, 10, 20, 20], "area": 400})
+        boxes.ground_truth.append(truth | {"bbox": [10, 10, 20, 20], "area": 400})
     for image, category, box, score in detections:
-        tally.detections.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
-    return tally
+        boxes.detections.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
+    return boxes
 
 
 RIGHT = [(index, 1, [10.0, 10.0, 20.0, 20.0], 0.9) for index in range(4)]
@@ -34,9 +40,92 @@ RIGHT = [(index, 1, [10.0, 10.0, 20.0, 20.0], 0.9) for index in range(4)]
     ],
 )
 def test_ap50(detections: list[tuple[int, int, list[float], float]], low: float, high: float) -> None:
-    assert low - 1e-9 <= ap50(tally_of(detections), scored=True, num_scenes=4) <= high + 1e-9
+    assert low - 1e-9 <= ap50(boxes_of(detections), scored=True, num_scenes=4) <= high + 1e-9
 
 
 def test_without_scores_unsure_ghosts_cost_as_much_as_sure_ones() -> None:
     ghosts = [(index, 1, [50.0, 50.0, 9.0, 9.0], 0.1) for index in range(4)]
-    assert ap50(tally_of([*ghosts, *RIGHT]), scored=False, num_scenes=4) < 0.8
+    assert ap50(boxes_of([*ghosts, *RIGHT]), scored=False, num_scenes=4) < 0.8
+
+
+class Oracle:
+    """Stands where the model does: finds the scene by its pixels and says what is there."""
+
+    def __init__(self) -> None:
+        self.manifest = Bundle(SHIPPED_BUNDLE, check_hashes=False).manifest
+        self._scenes = [make_scene(HELD_OUT_SEED + index) for index in range(NUM_SCENES)]
+        self._scene = self._scenes[0]
+
+    def encode(self, image: object) -> EncodedImage:
+        self._scene = next(scene for scene in self._scenes if np.array_equal(scene.image, cast(Any, image)))
+        return EncodedImage(np.zeros((1, 1), np.float32), (112, 112), 1.0, 1.0)
+
+    def detect(self, image: EncodedImage, labels: list[str]) -> Generation:
+        first = self.manifest.tokens.first_location
+        ids: list[int] = []
+        found = []
+        for item in detect_example(self._scene, labels).targets:
+            places = [round(edge / 112 * 1023) for edge in (item.box.y1, item.box.x1, item.box.y2, item.box.x2)]
+            ids += [*(first + place for place in places), 5]
+            box = tuple(float(edge) for edge in item.box)
+            found.append(Detection(item.label, cast(Any, box), cast(Any, box)))
+        return dataclasses.replace(say(""), token_ids=tuple(ids), log_probs=(-0.1,) * len(ids), detections=tuple(found))
+
+    def caption(self, image: EncodedImage) -> Generation:
+        return say(caption(self._scene))
+
+    def ask(self, image: EncodedImage, question: str) -> Generation:
+        words = question.rstrip("?").split()
+        if words[0] == "how":
+            return say(str(sum(item.shape == words[2].removesuffix("s") for item in self._scene.objects)))
+        return say(next(item.colour for item in self._scene.objects if item.shape == words[-1]))
+
+    def ocr(self, image: EncodedImage) -> Generation:
+        return say(self._scene.text.text if self._scene.text else "")
+
+
+NUM_SCENES = 12
+
+
+def say(text: str) -> Generation:
+    return Generation(text, (), (), (), 0, (112, 112), "stop", Timings(0.0, 0.0, 1.0, (1.0,)))
+
+
+def test_an_oracle_gets_full_marks() -> None:
+    scores = evaluate(cast(PaliGemma, Oracle()), NUM_SCENES)
+    assert scores["ocr_character_error_rate"] == 0
+    for name in ("detect_ap50", "detect_ap50_unscored", "detect_ap50_several_labels", "caption_exact_match"):
+        assert scores[name] == pytest.approx(1), name
+    for name in ("counting", "colour", "absent_class_gives_nothing", "no_text_read_where_there_is_none"):
+        assert scores[name] == 1, name
+
+
+@pytest.mark.parametrize(
+    ("task", "wrong", "score"),
+    [
+        ("caption", "a red", "caption_exact_match"),
+        ("ask", "many", "counting_and_colour"),
+        ("ocr", "#", "ocr_exact_match"),
+        ("detect", "", "detect_ap50"),
+    ],
+)
+def test_wrong_answers_score_nothing(task: str, wrong: str, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = Oracle()
+    right = oracle.detect
+
+    def answer(image: EncodedImage, labels: object = None) -> Generation:
+        if task != "detect":
+            return say(wrong)
+        found = right(image, cast(Any, labels))
+        moved = [item._replace(box=cast(Any, tuple(edge + 50 for edge in item.box))) for item in found.detections]
+        return dataclasses.replace(found, detections=tuple(moved))
+
+    monkeypatch.setattr(oracle, task, answer)
+    assert evaluate(cast(PaliGemma, oracle), NUM_SCENES)[score] == 0
+
+
+def test_each_box_has_the_score_of_its_own_tokens() -> None:
+    ids = (100, 100, 300, 300, 7, 8, 100, 100, 100, 300, 9, 150, 150, 160, 160)
+    log_probs = (-1.0,) * 4 + (-9.0,) * 2 + (-2.0,) * 4 + (-9.0,) + (-3.0,) * 4
+    answer = dataclasses.replace(say(""), token_ids=ids, log_probs=log_probs)
+    assert box_scores(answer, 100) == pytest.approx([np.exp(-1), np.exp(-3)])

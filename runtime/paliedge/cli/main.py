@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 
 import click
 
-from paliedge.errors import PaliEdgeError
+from paliedge.errors import OutputError, PaliEdgeError
 
 _INTERRUPTED = 130
 
@@ -36,6 +36,17 @@ class _Verbs(click.Group):
         except PaliEdgeError as error:
             print_error(error)
             context.exit(error.exit_code)
+        except BrokenPipeError:
+            raise  # click ends quietly
+        except OSError as error:
+            print_error(
+                OutputError(
+                    expected=f"to read or write {error.filename or 'a file'}",
+                    found=error.strerror or "an error of the file system",
+                    action="Check free space and permissions.",
+                )
+            )
+            context.exit(OutputError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             context.exit(_INTERRUPTED)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from paliedge.errors import ImageError, PaliEdgeError
+from paliedge.errors import ImageError, OutputError, PaliEdgeError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paliedge.model import PaliGemma
     from paliedge.results import Generation
 
-    _Answer = Callable[[PaliGemma, Image.Image], Generation]
+    _Answer = Callable[[PaliGemma, Path], Generation]
 
 SOME_FAILED = 6
 _Verb = TypeVar("_Verb", bound=Callable[..., None])
@@ -141,12 +141,19 @@ def find_sources(source: str) -> list[Path]:
     from paliedge.images import SUFFIXES
 
     path = Path(source)
-    if path.is_dir():
-        found = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
-    elif glob.has_magic(source) and not path.exists():
-        found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
-    else:
-        found = [path]
+    try:
+        if path.is_dir():
+            found = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+        elif glob.has_magic(source) and not path.exists():
+            found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
+        else:
+            found = [path]
+    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
+        raise ImageError(
+            expected=f"pictures at {source[:200]}",
+            found=getattr(error, "strerror", None) or "a name that cannot be",
+            action="Check the path and its permissions.",
+        ) from None
     if not found:
         raise ImageError(
             expected=f"pictures at {source}",
@@ -171,9 +178,11 @@ def _answer_all(
         if show_progress:
             click.echo(f"[{index}/{len(paths)}] {path}", err=True)
         try:
-            image = load_image(path)
-            result = answer(model, image)
-        except ImageError as error:
+            result = answer(model, path)
+            print_answer(str(path), result, as_json)
+            if save:
+                save_picture(load_image(path), result, _free_name(save, path, taken))
+        except (ImageError, OutputError) as error:
             errors.append(error)
             if as_json:
                 parts = {"expected": error.expected, "found": error.found, "action": error.action}
@@ -182,10 +191,6 @@ def _answer_all(
                 from paliedge.cli.main import print_error
 
                 print_error(error, str(path))
-            continue
-        print_answer(str(path), result, as_json)
-        if save:
-            save_picture(image, result, _free_name(save, path, taken))
     if errors:
         click.get_current_context().exit(SOME_FAILED if len(errors) < len(paths) else errors[0].exit_code)
 
@@ -208,8 +213,15 @@ def save_picture(image: Image.Image, result: Generation, path: Path) -> None:
     from paliedge.draw import draw_answer, draw_detections
 
     picture = draw_detections(image, result.detections) if result.detections else draw_answer(image, result.text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise OutputError(
+            expected=f"to write {path}",
+            found=error.strerror or "an error of the file system",
+            action="Name another folder with --save, or make room.",
+        ) from None
     click.echo(f"saved {path}", err=True)
 
 
