@@ -2,7 +2,7 @@
 
     python -m benchmarks.shapes.pool POOL
     python -m benchmarks.shapes.train POOL RUN --steps 20000
-    python -m benchmarks.shapes.train POOL RUN --steps 20000     # goes on where it stopped
+    python -m benchmarks.shapes.train POOL RUN --steps 20000    # goes on where it stopped
 
 On a CPU a process a core, each with one thread, is twice as fast as one process with two threads:
 `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.shapes.train ...`
@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -435,6 +436,117 @@ def save_checkpoint(model: PaliGemmaForConditionalGeneration, tokenizer: Tokeniz
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
+def average_gradients(model: nn.Module, num_workers: int) -> None:
+    """Mean of the workers' gradients, in one exchange."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= num_workers
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+class Run:
+    """One training run in its folder: what is learned, and how far it is."""
+
+    def __init__(self, arguments: argparse.Namespace, num_workers: int, rank: int) -> None:
+        torch.manual_seed(0)
+        self.options = arguments
+        self.num_workers, self.rank = num_workers, rank
+        self.tokenizer = build_tokenizer()
+        self.encoder = Encoder(self.tokenizer)
+        first_location = self.tokenizer.get_vocab()[LOCATIONS[0]]
+        self.trainee = Trainee(make_model(self.tokenizer), first_location).to(arguments.device)
+        self.optimizers = make_optimizers(self.trainee, arguments.rate)
+        self.pool = Pool.load(arguments.pool)
+        self.step, self._seconds, self._started = 0, 0.0, time.perf_counter()
+        self._state_path: Path = arguments.run / "state.pt"
+        if self._state_path.exists():
+            state = torch.load(self._state_path, weights_only=True)
+            self.trainee.load_state_dict(state["trainee"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self._seconds = state["step"], state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, over all starts."""
+        return self._seconds + time.perf_counter() - self._started
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on fresh examples; returns its losses."""
+        options, alone = self.options, self.step < self.options.vision_steps
+        num_images = options.images // self.num_workers
+        images, prompts = (num_images * options.prompts, 1) if alone else (num_images, options.prompts)
+        rng = np.random.default_rng((1, self.step, self.rank))
+        batch = make_batch(self.pool, self.encoder, rng, images, prompts, options.device)
+        rate = _learning_rate(self.step, options.steps, options.rate, options.vision_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1)
+        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
+            losses = self.trainee.vision_loss(batch) if alone else self.trainee(batch)
+        dense = _dense_weight(self.step, options.steps)
+        weighted = [value if name in ("location", "text") else dense * value for name, value in losses.items()]
+        self.trainee.zero_grad(set_to_none=True)
+        torch.stack(weighted).sum().backward()
+        if self.num_workers > 1:
+            average_gradients(self.trainee, self.num_workers)
+        nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return {name: float(value.detach()) for name, value in losses.items()}
+
+    def save(self) -> None:
+        """Keep all that a later start needs; the file is whole at any moment."""
+        state = {
+            "trainee": self.trainee.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        partial = self._state_path.with_suffix(".new")
+        torch.save(state, partial)
+        partial.replace(self._state_path)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to log.jsonl, in place of what a killed run logged beyond its last saved state."""
+        path = self.options.run / "log.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [old for old in rows if old["step"] < self.step] + [row]
+        path.write_text("".join(json.dumps(old) + "\n" for old in rows))
+        print(json.dumps(row), flush=True)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train to `arguments.steps` and write the checkpoint."""
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    num_workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if num_workers > 1:
+        distributed.init_process_group("gloo")
+    run = Run(arguments, num_workers, rank)
+    recent: dict[str, list[float]] = defaultdict(list)
+    while run.step < arguments.steps:
+        for name, value in run.train_step().items():
+            recent[name].append(value)
+        last = run.step == arguments.steps
+        save = last or run.step % arguments.every == 0
+        if rank or not (save or run.step % LOG_EVERY == 0):
+            continue
+        row: dict[str, Any] = {"step": run.step, **{name: round(fmean(values), 4) for name, values in recent.items()}}
+        recent.clear()
+        if save and run.step > arguments.vision_steps:
+            row |= validate(run.trainee, run.encoder, VALIDATION_SCENES)
+        if save:
+            run.save()
+        run.log(row | {"seconds": round(run.seconds, 1)})
+    if rank == 0:
+        save_checkpoint(run.trainee.model, run.tokenizer, arguments.run / "checkpoint")
+    if num_workers > 1:
+        distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
@@ -449,90 +561,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=500, help="steps between validations and saved states")
     arguments = parser.parse_args()
     train(arguments)
-
-
-def average_gradients(model: nn.Module, num_workers: int) -> None:
-    """Mean of the workers' gradients, in one exchange."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    flat /= num_workers
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def train(arguments: argparse.Namespace) -> None:
-    run: Path = arguments.run
-    run.mkdir(parents=True, exist_ok=True)
-    num_workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if num_workers > 1:
-        distributed.init_process_group("gloo")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    encoder = Encoder(tokenizer)
-    trainee = Trainee(make_model(tokenizer), tokenizer.get_vocab()[LOCATIONS[0]]).to(arguments.device)
-    optimizers = make_optimizers(trainee, arguments.rate)
-    pool = Pool.load(arguments.pool)
-    step, seconds = 0, 0.0
-    state_path = run / "state.pt"
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        trainee.load_state_dict(state["trainee"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
-    sums: dict[str, float] = defaultdict(float)
-    started = time.perf_counter()
-    while step < arguments.steps:
-        rng = np.random.default_rng((1, step, rank))
-        alone = step < arguments.vision_steps
-        num_images = arguments.images // num_workers
-        images, prompts = (num_images * arguments.prompts, 1) if alone else (num_images, arguments.prompts)
-        batch = make_batch(pool, encoder, rng, images, prompts, arguments.device)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1) * _learning_rate(
-                    step, arguments.steps, arguments.rate, arguments.vision_steps
-                )
-        with torch.autocast(arguments.device.split(":")[0], torch.bfloat16, enabled=arguments.bf16):
-            losses = trainee.vision_loss(batch) if alone else trainee(batch)
-        dense = _dense_weight(step, arguments.steps)
-        loss = torch.stack(
-            [value if name in ("location", "text") else dense * value for name, value in losses.items()]
-        ).sum()
-        trainee.zero_grad(set_to_none=True)
-        loss.backward()
-        if num_workers > 1:
-            average_gradients(trainee, num_workers)
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        for name, value in losses.items():
-            sums[name] += float(value.detach())
-        if step % LOG_EVERY == 0 and rank == 0:
-            row: dict[str, Any] = {"step": step, **{name: round(value / LOG_EVERY, 4) for name, value in sums.items()}}
-            sums.clear()
-            if step % arguments.every == 0 or step == arguments.steps:
-                if step > arguments.vision_steps:
-                    row |= validate(trainee, encoder, VALIDATION_SCENES)
-                elapsed = seconds + time.perf_counter() - started
-                state = {
-                    "trainee": trainee.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "step": step,
-                    "seconds": elapsed,
-                }
-                torch.save(state, state_path.with_suffix(".new"))
-                state_path.with_suffix(".new").replace(state_path)
-            row["seconds"] = round(seconds + time.perf_counter() - started, 1)
-            with (run / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-    if rank == 0:
-        save_checkpoint(trainee.model, tokenizer, run / "checkpoint")
-    if num_workers > 1:
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

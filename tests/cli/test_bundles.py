@@ -67,7 +67,19 @@ def test_verify_finds_a_machine_that_computes_something_else(tmp_path: Path) -> 
     write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     result = run("verify", bundle)
     assert result.exit_code == 3
-    assert "another token at place 0" in result.stderr
+    assert "instead of" in result.stderr
+
+
+def test_verify_finds_a_machine_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paliedge.bundle import Bundle
+    from paliedge.ort_session import OrtSession
+    from paliedge.session import Step
+
+    eos = Bundle(SHIPPED_BUNDLE).manifest.tokens.eos
+    monkeypatch.setattr(OrtSession, "prefill", lambda *_: Step(eos, 0.0))
+    result = run("verify")
+    assert result.exit_code == 3
+    assert "tokens [] instead of" in result.stderr
 
 
 def test_demo_answers_four_prompts_a_scene_and_leaves_pictures(tmp_path: Path) -> None:
@@ -99,7 +111,7 @@ def test_the_shipped_bundle_is_the_export_of_the_shipped_checkpoint(tmp_path: Pa
 def test_export_refuses_a_folder_with_other_content(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("keep me")
     result = run("export", SHAPES_CHECKPOINT, "-o", tmp_path, "--no-compare")
-    assert result.exit_code == 3
+    assert result.exit_code == 2
     assert (tmp_path / "letter.txt").read_text() == "keep me"
 
 

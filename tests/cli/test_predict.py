@@ -46,6 +46,7 @@ def test_json_is_one_object_a_picture_with_boxes_tokens_and_times() -> None:
     assert answer["image_wh"] == [112, 112]
     assert len(answer["token_ids"]) == len(answer["log_probs"])
     assert answer["timings"]["prefill_ms"] > 0
+    assert answer["detections"]
     for found in answer["detections"]:
         normalized = [round(edge / 112, 2) for edge in found["box"]]
         assert normalized == pytest.approx(found["box_normalized"], abs=0.01)
@@ -106,6 +107,26 @@ def test_one_bad_file_among_many_gives_6_and_the_others_are_done(tmp_path: Path)
     assert rows[0]["text"] == rows[1]["text"] != ""
 
 
+def test_a_picture_that_cannot_be_written_is_an_error_and_the_answers_are_all_there(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file where a folder is wanted")
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_bytes(SCENE.read_bytes())
+    result = run("caption", tmp_path / "*.png", "--save", tmp_path / "out" / "deeper")
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 2
+    assert "Name another folder with --save" in result.stderr
+
+
+def test_several_pictures_show_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_bytes(SCENE.read_bytes())
+    assert "[2/2]" not in run("ocr", tmp_path).stderr
+    monkeypatch.setattr("paliedge.cli.predict._is_terminal", lambda: True)
+    result = run("ocr", tmp_path)
+    assert f"[2/2] {tmp_path / 'two.png'}" in result.stderr
+    assert "[2/2]" not in result.stdout
+
+
 def test_only_bad_files_give_5(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(SCENE.read_bytes()[:200])
     result = run("caption", tmp_path / "bad.jpg")
@@ -120,6 +141,9 @@ def test_only_bad_files_give_5(tmp_path: Path) -> None:
         (["detect", "absent.png", "cat"], 5, "absent.png"),
         (["detect", SCENE, " "], 2, "at least one label"),
         (["detect", SCENE, "cat", "-m", "absent"], 3, "no bundle.json"),
+        (["detect", "x" * 300, "cat"], 5, "name too long"),
+        (["detect", "x\0y", "cat"], 5, "expected pictures at"),
+        (["detect", SCENE, "cat", "-m", "x" * 300], 3, "no bundle.json"),
         (["predict", SCENE, "word " * 500], 2, "prompt of at most 128 tokens"),
         (["predict", SCENE, "ocr", "--max-new-tokens", "100000"], 2, "max_new_tokens"),
         (["detect", SCENE], 2, "Missing argument"),

@@ -139,6 +139,24 @@ def test_a_config_without_a_section_is_refused(section: str, tmp_path: Path) -> 
         read(tmp_path, changed(lambda raw: raw.pop(section)))
 
 
+@pytest.mark.parametrize(
+    ("section", "edit"),
+    [
+        ("text_config", {"head_dim": None}),
+        ("text_config", {"num_hidden_layers": "18"}),
+        ("text_config", {"hidden_size": 2048.0}),
+        ("text_config", {"num_key_value_heads": 0}),
+        ("text_config", {"rope_parameters": [1]}),
+        ("vision_config", {"patch_size": 0}),
+        ("vision_config", {"image_size": True}),
+        ("vision_config", {"num_attention_heads": -16}),
+    ],
+)
+def test_a_dimension_that_is_no_number_is_refused(section: str, edit: Json, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        read(tmp_path, changed(lambda raw: raw[section].update(edit)))
+
+
 def test_an_untied_head_is_read(tmp_path: Path) -> None:
     assert read(tmp_path, changed(lambda raw: raw.update(tie_word_embeddings=False))).tied is False
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from paliedge.bundle import Bundle
-from paliedge.errors import CheckpointError, PrecisionError
+from paliedge.errors import CheckpointError, PrecisionError, UsageError
 from paliedge_export import compare, exporter, reference
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
@@ -35,6 +35,24 @@ def test_two_exports_are_the_same_to_the_byte(tiny: Tiny, tmp_path: Path) -> Non
     for name in ("first", "second"):
         export_bundle(str(tiny.checkpoint), tmp_path / name)
     assert read_folder(tmp_path / "first") == read_folder(tmp_path / "second")
+
+
+def test_the_largest_gemma_2_is_never_fp16(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_large(folder: Path) -> ModelConfig:
+        config = read_config(folder)
+        return dataclasses.replace(config, text=dataclasses.replace(config.text, hidden_size=4608))
+
+    monkeypatch.setattr(exporter, "read_config", read_large)
+    with pytest.raises(UsageError, match="--precision fp32"):
+        export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16")
+
+
+def test_a_bundle_knows_the_repository_it_comes_from(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "find_checkpoint", lambda name: tiny.checkpoint)
+    export_bundle("google/paligemma-3b-mix-224", tmp_path / "bundle", compare=False)
+    assert Bundle(tmp_path / "bundle").manifest.producer.checkpoint == "google/paligemma-3b-mix-224"
 
 
 def test_fp32_is_compared_with_transformers(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.paths import ROOT, SHAPES_CHECKPOINT
 
 MAX_PACKAGES = 30
 MAX_WHEEL_BYTES = 60_000_000
@@ -83,6 +83,10 @@ def test_core_and_cpu_alone_run_the_demo(wheel: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "demo_output").glob("*.png"))) == 3
     for absent in ("torch", "transformers", "onnx"):
         assert subprocess.run([python, "-c", f"import {absent}"], capture_output=True, check=False).returncode != 0
+
+
+def test_the_shipped_checkpoint_is_small() -> None:
+    assert (SHAPES_CHECKPOINT / "model.safetensors").stat().st_size <= 12_000_000
 
 
 def test_nothing_in_the_project_names_a_registry_or_unpickles() -> None:

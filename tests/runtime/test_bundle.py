@@ -20,7 +20,7 @@ import pytest
 
 from paliedge import PaliGemma, bundle
 from paliedge.bundle import MANIFEST, Bundle, Manifest, describe_file, publish_bundle, write_manifest
-from paliedge.errors import BundleError, EngineMismatchError
+from paliedge.errors import BundleError, EngineMismatchError, UsageError
 from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
 
@@ -248,6 +248,10 @@ def place_value(content: Any, path: str, value: object) -> None:
         ("files/tokenizer.json/sha256", "0" * 64 + "\n"),
         ("targets/cpu/decoder/inputs/0/shape/0", -1),
         ("targets/cpu/decoder/inputs/0/shape/0", [[[[]]]]),
+        ("tokens/vocab_size", 10**7),
+        ("tokens/eos", 10**6),
+        ("tokens/first_location", 10**6),
+        ("limits/prefix", 16),
         ("tokenizer", "missing.json"),
         ("golden", "missing.npz"),
         ("targets/cpu/decoder/weights", ["missing.weights"]),
@@ -500,6 +504,22 @@ def test_an_exception_leaves_the_old_bundle_and_no_litter(other: Path) -> None:
     assert leftovers(other) == []
 
 
+def test_a_link_stays_and_what_it_points_to_is_replaced(exported: Path, other: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(other)
+    with publish_bundle(link) as staging:
+        copy_into(exported, staging)
+    assert link.is_symlink()
+    assert Bundle(other).manifest == Bundle(exported).manifest
+    assert leftovers(link) == leftovers(other) == []
+
+
+def test_a_place_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="a place for"), publish_bundle(tmp_path / "file" / "deep" / "bundle"):
+        pytest.fail("a staging folder was made")
+
+
 def test_an_exception_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="half way"), publish_bundle(tmp_path / "new"):
         raise RuntimeError("half way")
@@ -511,9 +531,8 @@ def test_other_content_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes" / "thesis.txt").write_text("a year's work")
     (tmp_path / "file").write_text("a day's work")
     for name in ("notes", "file"):
-        with pytest.raises(BundleError, match="other content") as caught, publish_bundle(tmp_path / name):
+        with pytest.raises(UsageError, match="other content"), publish_bundle(tmp_path / name):
             pytest.fail("a staging folder was made")
-        assert caught.value.exit_code == 3
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "a year's work"
     assert (tmp_path / "file").read_text() == "a day's work"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from paliedge import PaliGemma
 from paliedge.bundle import Bundle
 from paliedge.errors import ImageError, UsageError
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge.ort_session import OrtSession
+from paliedge.ort_session import OrtCache, OrtSession
 
 SCENE = make_scene(HELD_OUT_SEED + 20_000)
 LABEL = SCENE.objects[0].label
@@ -68,6 +69,14 @@ def test_an_encoded_image_is_accepted_wherever_an_image_is(model: PaliGemma) -> 
         assert reused.timings.vision_ms == 0 < fresh.timings.vision_ms
 
 
+def test_an_image_that_another_model_encoded_is_refused(model: PaliGemma) -> None:
+    encoded = model.encode(SCENE.image)
+    for features in (encoded.features[:-1], encoded.features[:, :-1], np.repeat(encoded.features, 4, axis=0)):
+        foreign = dataclasses.replace(encoded, features=features)
+        with pytest.raises(UsageError, match="another model encoded"):
+            model.caption(foreign)
+
+
 def test_a_list_of_labels_is_the_prompt_with_separators(model: PaliGemma) -> None:
     listed = model.detect(SCENE.image, [LABEL, "blue star"])
     assert listed.token_ids == model.generate(SCENE.image, f"detect {LABEL} ; blue star").token_ids
@@ -86,6 +95,7 @@ def test_boxes_refer_to_the_pixels_of_the_picture_that_was_given(model: PaliGemm
     stretched = Image.fromarray(SCENE.image).resize((336, 112), Image.Resampling.NEAREST)
     answer = model.detect(stretched, [LABEL])
     assert answer.image_wh == (336, 112)
+    assert answer.detections
     for item in answer.detections:
         scaled = np.multiply(item.box_normalized, (336, 112, 336, 112))
         assert item.box == pytest.approx(scaled.tolist())
@@ -166,13 +176,22 @@ def test_threads_share_a_model_and_get_their_own_answers(model: PaliGemma) -> No
     assert wrong == []
 
 
-def test_an_abandoned_stream_gives_its_cache_back(model: PaliGemma) -> None:
+def test_an_abandoned_stream_gives_its_cache_back(model: PaliGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[OrtCache] = []
+    new_cache = OrtSession.new_cache
+
+    def count(session: OrtSession) -> OrtCache:
+        made.append(new_cache(session))
+        return made[-1]
+
+    monkeypatch.setattr(OrtSession, "new_cache", count)
     expected = model.generate(SCENE.image, "caption en").token_ids
     for _ in range(3):
         stream = model.stream(SCENE.image, "caption en")
         next(stream)
         assert model.generate(SCENE.image, "caption en").token_ids == expected
         stream.close()  # type: ignore[attr-defined]  # it is a generator
+    assert len(made) <= 1  # for the answer beside the first open stream
 
 
 def test_the_cache_stays_where_it_is_and_decoding_allocates_nothing_that_grows() -> None:

@@ -173,7 +173,7 @@ def _answer_all(
     model = load_model(bundle, threads)
     errors: list[PaliEdgeError] = []
     taken: set[Path] = {path.resolve() for path in paths}
-    show_progress = len(paths) > 1 and sys.stderr.isatty()
+    show_progress = len(paths) > 1 and _is_terminal()
     for index, path in enumerate(paths, 1):
         if show_progress:
             click.echo(f"[{index}/{len(paths)}] {path}", err=True)
@@ -223,6 +223,10 @@ def save_picture(image: Image.Image, result: Generation, path: Path) -> None:
             action="Name another folder with --save, or make room.",
         ) from None
     click.echo(f"saved {path}", err=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 def _free_name(folder: Path, source: Path, taken: set[Path]) -> Path:
