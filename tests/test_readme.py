@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from paliedge.bundle import Bundle
+from paliedge.model import SHIPPED_BUNDLE
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -48,7 +51,7 @@ def test_the_first_two_commands_are_the_two_the_project_promises() -> None:
 
 
 def test_make_demo_prints_what_the_readme_shows_and_leaves_pictures(project: Path) -> None:
-    output = run_shell("make --silent demo", project)
+    output = run_shell("make demo", project)
     shown = next(content for content in blocks("console") if content.startswith("$ make demo\n"))
     assert output.splitlines() == shown.splitlines()[1:]
     assert len(list((project / "demo_output").glob("*.png"))) == 3
@@ -69,10 +72,13 @@ def test_every_file_that_the_readme_links_is_there() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_readmes_figures_are_the_stored_ones() -> None:
-    """Each number in a table with a `results` column stands in that JSON file."""
-    import json
+def test_the_scores_are_those_of_the_shipped_bundle() -> None:
+    scores = json.loads((ROOT / "benchmarks" / "results" / "shapes_quality.json").read_text())
+    assert scores["bundle"] == Bundle(SHIPPED_BUNDLE).manifest.sha256
 
+
+def test_the_readmes_figures_are_the_stored_ones() -> None:
+    """Each number in a table with a `from` column stands in that JSON file."""
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| `(\w+\.json)` `([\w./]+)` \|$", README, re.MULTILINE)
     assert len(rows) >= 8
     for name, figure, file, place in rows:
