@@ -172,7 +172,7 @@ def _answer_all(
     paths = find_sources(source)
     model = load_model(bundle, threads)
     errors: list[PaliEdgeError] = []
-    taken: set[Path] = {path.resolve() for path in paths}
+    taken: set[Path] = {path.absolute() for path in paths}
     show_progress = len(paths) > 1 and _is_terminal()
     for index, path in enumerate(paths, 1):
         if show_progress:
@@ -233,7 +233,7 @@ def _free_name(folder: Path, source: Path, taken: set[Path]) -> Path:
     """A name for the picture made from `source`; neither a source nor another picture of this run."""
     for number in range(1, len(taken) + 2):
         name = f"{source.stem}.png" if number == 1 else f"{source.stem}-{number}.png"
-        if (path := (folder / name).resolve()) not in taken:
+        if (path := (folder / name).absolute()) not in taken:
             break
     taken.add(path)
     return folder / name
