@@ -26,6 +26,8 @@ def blocks(language: str) -> list[str]:
 
 def run_shell(command: str, folder: Path) -> str:
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("MAKEFLAGS", "MAKELEVEL"):  # `make test` runs this test; the reader's make is not its child
+        environment.pop(name, None)
     result = subprocess.run(
         ["bash", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
