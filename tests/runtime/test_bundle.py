@@ -469,7 +469,7 @@ def test_a_relative_folder_is_published_where_the_work_began(
         (tmp_path / "cwd").mkdir()
         monkeypatch.chdir(tmp_path / "cwd")
         copy_into(exported, staging)
-    Bundle(tmp_path / "published")
+    assert Bundle(tmp_path / "published").manifest == Bundle(exported).manifest
 
 
 def test_publishing_works_where_the_file_system_cannot_exchange(
