@@ -72,7 +72,7 @@ def export(
     try:
         import msgspec
 
-        from paliedge.bundle import Limits
+        from paliedge.manifest import Limits
         from paliedge_export.exporter import export_bundle
     except ModuleNotFoundError as error:
         raise MissingExtraError(

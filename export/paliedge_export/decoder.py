@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paliedge.bundle import Tokens
+from paliedge.manifest import Tokens
 from paliedge_export.checkpoint import Checkpoint
 from paliedge_export.config import ModelConfig, TextConfig
 from paliedge_export.graph import GraphBuilder

@@ -18,7 +18,9 @@ import numpy as np
 import onnx
 
 from paliedge import __version__
-from paliedge.bundle import (
+from paliedge.bundle import describe_file
+from paliedge.errors import CheckpointError, UsageError
+from paliedge.manifest import (
     MANIFEST,
     Comparison,
     Embedding,
@@ -33,11 +35,9 @@ from paliedge.bundle import (
     Text,
     Tokens,
     Vision,
-    describe_file,
-    publish_bundle,
     write_manifest,
 )
-from paliedge.errors import CheckpointError, UsageError
+from paliedge.publish import publish_bundle
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
 from paliedge_export.config import ModelConfig, read_config
@@ -176,7 +176,8 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
         embedding=Embedding(
             file=table, dtype=dtype, rows=rows, scale=float(np.sqrt(np.float32(config.text.hidden_size)))
         ),
-        targets={"cpu": Target(precision=precision, vision_encoder=vision, decoder=decoder)},
+        targets={"cpu": Target(precision=precision, cache_update="rows", vision_encoder=vision, decoder=decoder)},
+        engines=(),
         tokenizer=_TOKENIZER,
         golden=None,
         comparison=None,
@@ -256,11 +257,13 @@ def _describe_model(config: ModelConfig) -> Model:
             patch_size=vision.patch_size,
             num_layers=vision.num_layers,
             hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
             num_image_tokens=vision.num_image_tokens,
         ),
         text=Text(
             num_layers=text.num_layers,
             hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
             num_heads=text.num_heads,
             num_kv_heads=text.num_kv_heads,
             head_dim=text.head_dim,

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 from tokenizers import Tokenizer
 
-from paliedge.bundle import Preprocess, Tokens
 from paliedge.errors import CheckpointError
+from paliedge.manifest import Preprocess, Tokens
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from paliedge.bundle import Tokens
+from paliedge.manifest import Tokens
 
 _SEPARATOR = re.compile(r"\s;(?:\s|$)")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from paliedge.bundle import Bundle, Target
+from paliedge.bundle import Bundle
 from paliedge.errors import BundleError, MissingExtraError
+from paliedge.manifest import Target
 from paliedge.session import FloatArray, IdRange, Step
 
 try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from paliedge.bundle import Tokens
 from paliedge.errors import BundleError, UsageError
+from paliedge.manifest import Tokens
 
 MAX_PROMPT_CHARACTERS = 100_000
 

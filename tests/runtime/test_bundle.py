@@ -18,9 +18,11 @@ from typing import Any, NoReturn
 import msgspec
 import pytest
 
-from paliedge import PaliGemma, bundle
-from paliedge.bundle import MANIFEST, Bundle, Manifest, describe_file, publish_bundle, write_manifest
+from paliedge import PaliGemma, bundle, publish
+from paliedge.bundle import Bundle, describe_file
 from paliedge.errors import BundleError, EngineMismatchError, UsageError
+from paliedge.manifest import MANIFEST, Manifest, write_manifest
+from paliedge.publish import publish_bundle
 from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
 
@@ -475,7 +477,7 @@ def test_a_relative_folder_is_published_where_the_work_began(
 def test_publishing_works_where_the_file_system_cannot_exchange(
     exported: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
     with publish_bundle(other) as staging:
         copy_into(exported, staging)
     assert Bundle(other).manifest == Bundle(exported).manifest
@@ -567,7 +569,7 @@ def test_two_publishers_leave_each_other_alone(exported: Path, other: Path, tmp_
 PUBLISHER = """
 import shutil, sys
 from pathlib import Path
-from paliedge.bundle import publish_bundle
+from paliedge.publish import publish_bundle
 
 folder, *sources = map(Path, sys.argv[1:])
 while True:

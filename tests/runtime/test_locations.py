@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paliedge.bundle import Tokens
 from paliedge.locations import Detection, ParsedLocations, location_tokens_from_box, parse_locations
+from paliedge.manifest import Tokens
 
 FIRST_LOCATION = 100
 FIRST_SEGMENTATION = 2000

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from paliedge.bundle import Preprocess
 from paliedge.images import load_image
+from paliedge.manifest import Preprocess
 from paliedge.preprocess import Preprocessor
 
 Resample = Literal["bicubic", "bilinear"]

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
-from paliedge.bundle import Tokens
 from paliedge.errors import BundleError, UsageError
+from paliedge.manifest import Tokens
 from paliedge.prompt import MAX_PROMPT_CHARACTERS, PromptTokenizer
 
 

@@ -1,0 +1,227 @@
+"""What `bundle.json` holds. These types are its documentation; anything else in it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Precision = Literal["fp32", "fp16", "bf16"]
+Flavour = Literal["tensorrt", "rtx"]
+Dimension = Count | Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class File(_Strict, frozen=True):
+    """Size in bytes and digest of one file of the bundle."""
+
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Sha256
+
+
+class Producer(_Strict, frozen=True):
+    """Who wrote the bundle, from which checkpoint."""
+
+    paliedge: str
+    onnx: str
+    checkpoint: str
+
+
+class Vision(_Strict, frozen=True):
+    """Dimensions of the vision encoder; `image_size` in pixels, square."""
+
+    image_size: Count
+    patch_size: Count
+    num_layers: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_image_tokens: Count
+
+
+class Text(_Strict, frozen=True):
+    """Dimensions of the decoder."""
+
+    num_layers: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+
+
+class Model(_Strict, frozen=True):
+    """Dimensions of the model; `family` is `paligemma` or `paligemma2`."""
+
+    family: Literal["paligemma", "paligemma2"]
+    vision: Vision
+    text: Text
+
+
+class Preprocess(_Strict, frozen=True):
+    """Resize to the square by `resample`, then (value / 255 - mean) / std, channels first."""
+
+    resample: Literal["bicubic", "bilinear"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Tokens(_Strict, frozen=True):
+    """Token ids. Ids from `vocab_size` on are no tokens and are never generated."""
+
+    bos: TokenId
+    eos: TokenId
+    pad: TokenId
+    image: TokenId
+    newline: TokenId
+    first_location: TokenId
+    num_locations: Count
+    first_segmentation: TokenId
+    num_segmentations: Count
+    vocab_size: Count
+
+
+class Prompts(_Strict, frozen=True):
+    """This checkpoint's prompt templates; `{labels}`, `{lang}` and `{question}` are filled in."""
+
+    detect: str = "detect {labels}"
+    caption: str = "caption {lang}"
+    answer: str = "answer {lang} {question}"
+    ocr: str = "ocr"
+
+
+class Limits(_Strict, frozen=True):
+    """`prefix`: image and prompt tokens of a request; `new_tokens`: generated ones."""
+
+    prefix: Count
+    new_tokens: Count
+
+
+class Embedding(_Strict, frozen=True):
+    """The embedding table [rows, hidden], kept on the host; a row times `scale` is an input embedding."""
+
+    file: FileName
+    dtype: Literal["float32", "float16", "bfloat16"]
+    rows: Count
+    scale: float
+
+
+class Tensor(_Strict, frozen=True):
+    """A graph's input or output; unknown sizes are names."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+class Graph(_Strict, frozen=True):
+    """One ONNX graph of one target, with the files that hold its weights."""
+
+    file: FileName
+    weights: tuple[FileName, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Target(_Strict, frozen=True):
+    """The lowering for one kind of runtime. Cache tensors are [batch, kv heads, capacity, head_dim].
+
+    `cache_update` says who stores the new rows: "rows", the graph returns them and the runtime copies
+    them into the cache; "in_place", the graph writes them at `write_index` and each cache output lies
+    where its input does.
+    """
+
+    precision: Precision
+    cache_update: Literal["rows", "in_place"]
+    vision_encoder: Graph
+    decoder: Graph
+
+
+class Range(_Strict, frozen=True):
+    """The shapes of one input that an engine's optimization profile covers."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+class Plan(_Strict, frozen=True):
+    """A serialised engine with its optimization profiles, each an input's name to its shapes."""
+
+    file: FileName
+    profiles: tuple[dict[str, Range], ...]
+
+
+class Engine(_Strict, frozen=True):
+    """Plans built from one target's graphs, good only for what they were built for.
+
+    `compute_capability` such as "8.7"; "any" where the flavour compiles on the device.
+    `gpu` is the name of the device that built them, for messages.
+    """
+
+    target: str
+    flavour: Flavour
+    version: str
+    compute_capability: str
+    gpu: str
+    precision: Precision
+    vision_encoder: Plan
+    decoder: Plan
+    timing_cache: FileName | None
+
+
+class Comparison(_Strict, frozen=True):
+    """What the export's last step measured against `reference`.
+
+    `image_features_error` is relative to the largest feature, `log_prob_error` in nats;
+    `token_match` is the share of equal tokens, the reference's tokens being fed in.
+    """
+
+    reference: str
+    image_features_error: float
+    log_prob_error: float
+    token_match: float
+
+
+class Manifest(_Strict, frozen=True):
+    """The content of `bundle.json`; `sha256` is of the same JSON, compact, with this field empty."""
+
+    format_version: Literal[1]
+    producer: Producer
+    model: Model
+    preprocess: Preprocess
+    tokens: Tokens
+    prompts: Prompts
+    limits: Limits
+    embedding: Embedding
+    targets: dict[str, Target]
+    engines: tuple[Engine, ...]
+    tokenizer: FileName
+    golden: FileName | None
+    comparison: Comparison | None
+    files: dict[FileName, File]
+    sha256: Sha256 | Literal[""] = ""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `bundle.json`, the last file of a bundle."""
+    manifest = msgspec.structs.replace(manifest, sha256=manifest_digest(manifest))
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    with (folder / MANIFEST).open("wb") as stream:
+        stream.write(content + b"\n")
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 of the manifest, compact and with an empty `sha256`."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""))).hexdigest()
