@@ -54,7 +54,8 @@ def measure_export(checkpoint: Path, output: Path, precision: str) -> dict[str, 
 
 
 def _run_child(checkpoint: Path, output: str, precision: str) -> None:
-    from paliedge_export.exporter import DTYPES, export_bundle
+    from paliedge_export.exporter import export_bundle
+    from paliedge_export.weights import DTYPES
 
     chosen = next(name for name in DTYPES if name == precision)
     export_bundle(str(checkpoint), Path(output), precision=chosen, compare=False)

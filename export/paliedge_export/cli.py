@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from paliedge.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from paliedge.manifest import Manifest, Precision
 
 
 @click.command()
@@ -23,16 +26,22 @@ from paliedge.errors import MissingExtraError
     help="Folder of the bundle; an older bundle there is replaced once the new one is whole.",
 )
 @click.option(
-    "--target", type=click.Choice(["cpu"]), default="cpu", show_default=True, envvar="PALIEDGE_TARGET", show_envvar=True
+    "--target",
+    "targets",
+    type=click.Choice(["cpu", "jetpack6", "jetpack7", "rtx"]),
+    multiple=True,
+    default=["cpu"],
+    show_default=True,
+    envvar="PALIEDGE_TARGET",
+    show_envvar=True,
+    help="Give it several times for a bundle that serves several; they share their weights.",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
-    default="fp32",
-    show_default=True,
+    type=click.Choice(["fp32", "fp16", "bf16"]),
     envvar="PALIEDGE_PRECISION",
     show_envvar=True,
-    help="Of stored weights and matrix products.",
+    help="Of stored weights and matrix products; fp32 for cpu alone, else fp16, unless told.",
 )
 @click.option(
     "--max-prompt-tokens",
@@ -61,8 +70,8 @@ from paliedge.errors import MissingExtraError
 def export(
     checkpoint: str,
     output: Path,
-    target: str,
-    precision: Literal["fp32", "fp16"],
+    targets: tuple[str, ...],
+    precision: Precision | None,
     max_prompt_tokens: int,
     max_new_tokens: int,
     compare: bool,
@@ -80,23 +89,27 @@ def export(
             found=f"no package {error.name}",
             action='Run `pip install "paliedge[cpu,export]"`.',
         ) from None
-    comparison = export_bundle(
+    manifest = export_bundle(
         checkpoint,
         output,
+        targets=targets,
         precision=precision,
         limits=Limits(prefix=max_prompt_tokens, new_tokens=max_new_tokens),
         compare=compare,
         report=lambda line: click.echo(line, err=True),
     )
     if as_json:
-        report = msgspec.to_builtins(comparison)
-        click.echo(json.dumps({"bundle": str(output), "target": target, "precision": precision, "comparison": report}))
-    elif comparison:
-        largest = max(comparison.image_features_error, comparison.log_prob_error)
-        click.echo(
-            f"{output}: max error {largest:.2g}, token match {comparison.token_match:.1%} ({comparison.reference})"
-        )
-    elif compare:
-        click.echo(f'{output}: not compared; the reference for fp32 comes with `pip install "paliedge[reference]"`')
-    else:
-        click.echo(f"{output}: not compared")
+        kept = {name: msgspec.to_builtins(getattr(manifest, name)) for name in ("comparisons", "not_compared")}
+        chosen = next(iter(manifest.targets.values())).precision
+        click.echo(json.dumps({"bundle": str(output), "targets": list(manifest.targets), "precision": chosen, **kept}))
+        return
+    for name in manifest.targets:
+        click.echo(f"{output}: {name}: {_describe(manifest, name)}")
+
+
+def _describe(manifest: Manifest, target: str) -> str:
+    if target in manifest.not_compared:
+        return f"not compared: {manifest.not_compared[target]}"
+    found = manifest.comparisons[target]
+    largest = max(found.image_features_error, found.log_prob_error)
+    return f"max error {largest:.2g}, token match {found.token_match:.1%} ({found.reference})"

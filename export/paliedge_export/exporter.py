@@ -5,13 +5,11 @@ Weights pass through memory one tensor at a time. Imports neither torch nor tran
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -28,6 +26,7 @@ from paliedge.manifest import (
     Limits,
     Manifest,
     Model,
+    Precision,
     Producer,
     Prompts,
     Target,
@@ -38,24 +37,23 @@ from paliedge.manifest import (
     write_manifest,
 )
 from paliedge.publish import publish_bundle
-from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
-from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
+from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
+from paliedge_export.compare import check_comparison, compare_with_golden, find_obstacle, make_golden
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.decoder import add_decoder
 from paliedge_export.golden import GOLDEN, Golden, write_golden
-from paliedge_export.graph import GraphBuilder, WeightFile
+from paliedge_export.graph import GraphBuilder
 from paliedge_export.hub import find_checkpoint
+from paliedge_export.lowering import TARGETS, Lowering
 from paliedge_export.metadata import read_preprocess, read_tokens
 from paliedge_export.reference import make_reference_golden
 from paliedge_export.vision_encoder import add_vision_encoder
+from paliedge_export.weights import DTYPES, Stored, write_weights
 
-Precision = Literal["fp32", "fp16"]
-DTYPES: dict[Precision, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
 """Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
 _TOKENIZER = "tokenizer.json"
 _GEMMA2_27B_WIDTH = 4608
-_ROWS_AT_A_TIME = 8192
 
 Report = Callable[[str], None]
 
@@ -64,45 +62,51 @@ def export_bundle(
     checkpoint: str,
     output: Path,
     *,
-    precision: Precision = "fp32",
+    targets: Sequence[str] = ("cpu",),
+    precision: Precision | None = None,
     limits: Limits = DEFAULT_LIMITS,
     compare: bool = True,
     report: Report = lambda line: None,
-) -> Comparison | None:
-    """Export `checkpoint` (a folder or a hub id) as the bundle `output` for the target `cpu`.
+) -> Manifest:
+    """Export `checkpoint` (a folder or a hub id) as the bundle `output`, for one target or several.
 
-    The last step runs the graphs against a reference: transformers for fp32 where torch is
-    installed, the fp32 graphs for any other precision. Returns what it measured, or None where there
-    was nothing to compare with or `compare` is off. `report` gets a line a stage.
+    All targets have one precision and so one set of weights: fp32 for `cpu` alone, fp16 for others,
+    unless told. The last step runs every target's graphs with ONNX Runtime against a reference:
+    transformers for fp32 where torch is installed, the fp32 graphs for any other precision. The
+    manifest that it returns says what was measured, and what was not compared and why. `report`
+    gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is no PaliGemma.
         PrecisionError: the graphs differ from the reference; nothing is published.
-        UsageError: `output` holds something that is no bundle, or the model must not be fp16.
+        UsageError: `output` holds something that is no bundle, or a target or the model does not
+            take the precision.
     """
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
-    _check_precision(config, precision)
+    order = _Order(tuple(dict.fromkeys(targets)), precision or ("fp32" if set(targets) == {"cpu"} else "fp16"))
+    _check_precision(config, order)
     name = folder.resolve().name if Path(checkpoint).exists() else checkpoint
-    source = _Source(name, folder, config, read_tokens(folder), limits)
+    prefix = limits.prefix + config.vision.num_image_tokens
+    source = _Source(name, folder, config, read_tokens(folder), msgspec.structs.replace(limits, prefix=prefix))
     tensors = Checkpoint(folder, config)
     _check_rows(tensors, source.tokens)
     with publish_bundle(output) as staging:
-        report(f"writing {precision} graphs")
-        manifest = _write_bundle(staging, source, tensors, precision)
+        report(f"writing {order.precision} graphs for {', '.join(order.targets)}")
+        manifest = _write_bundle(staging, source, tensors, order)
         if not compare:
-            return None
-        golden = _reference_golden(staging, source, tensors, precision, report)
-        comparison = None
-        if golden:
-            report(f"comparing with {golden.reference}")
-            comparison = compare_with_golden(staging, golden)
-            check_comparison(comparison, precision)
-        else:
-            golden = make_golden(staging, "these graphs")
-        write_golden(staging / GOLDEN, golden)
-        _write_manifest(staging, msgspec.structs.replace(manifest, golden=GOLDEN, comparison=comparison))
-    return comparison
+            not_compared = dict.fromkeys(order.targets, "the comparison was off")
+            return _write_manifest(staging, msgspec.structs.replace(manifest, not_compared=not_compared))
+        golden = _reference_golden(staging, source, tensors, order.precision, report)
+        manifest = _compare_targets(staging, manifest, golden, report)
+        write_golden(staging / GOLDEN, golden or make_golden(staging, "these graphs", order.targets[0]))
+        return _write_manifest(staging, msgspec.structs.replace(manifest, golden=GOLDEN))
+
+
+@dataclass(frozen=True)
+class _Order:
+    targets: tuple[str, ...]
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,19 @@ class _Source:
     limits: Limits
 
 
-def _check_precision(config: ModelConfig, precision: Precision) -> None:
-    if precision == "fp16" and config.text.hidden_size >= _GEMMA2_27B_WIDTH:
+def _check_precision(config: ModelConfig, order: _Order) -> None:
+    for name in order.targets:
+        if order.precision not in TARGETS[name].precisions:
+            raise UsageError(
+                expected=f"{' or '.join(TARGETS[name].precisions)} for the target '{name}'",
+                found=order.precision,
+                action="Name another --precision, or export this target into a bundle of its own.",
+            )
+    if order.precision == "fp16" and config.text.hidden_size >= _GEMMA2_27B_WIDTH:
         raise UsageError(
             expected="a precision with the range of float32 for PaliGemma 2 28B",
             found="fp16, in which Gemma 2 27B is known to go wrong",
-            action="Export it with --precision fp32.",
+            action="Export it with --precision fp32, or bf16 for TensorRT.",
         )
 
 
@@ -139,8 +150,8 @@ def _reference_golden(
     if precision != "fp32":
         with tempfile.TemporaryDirectory(dir=staging) as folder:
             report("writing fp32 graphs to compare with")
-            _write_bundle(Path(folder), source, tensors, "fp32")
-            return make_golden(Path(folder), "its fp32 graphs")
+            _write_bundle(Path(folder), source, tensors, _Order(("cpu",), "fp32"))
+            return make_golden(Path(folder), "its fp32 graphs", "cpu")
     try:
         report("running transformers to compare with")
         return make_reference_golden(source.folder)
@@ -148,23 +159,32 @@ def _reference_golden(
         return None
 
 
-def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision: Precision) -> Manifest:
+def _compare_targets(staging: Path, manifest: Manifest, golden: Golden | None, report: Report) -> Manifest:
+    """Compare each target; those with the same graphs share one comparison."""
+    comparisons: dict[str, Comparison] = {}
+    not_compared: dict[str, str] = {}
+    done: dict[tuple[str, str], str] = {}
+    for name, target in manifest.targets.items():
+        files = (target.vision_encoder.file, target.decoder.file)
+        obstacle = find_obstacle(target) if golden else "there was nothing to compare with: torch is not installed"
+        if obstacle or golden is None:
+            not_compared[name] = obstacle
+        elif files in done:
+            comparisons[name] = comparisons[done[files]]
+        else:
+            report(f"comparing {name} with {golden.reference}")
+            comparisons[name] = compare_with_golden(staging, golden, name)
+            check_comparison(comparisons[name], target.precision)
+            done[files] = name
+    return msgspec.structs.replace(manifest, comparisons=comparisons, not_compared=not_compared)
+
+
+def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, order: _Order) -> Manifest:
     """All files of a bundle but its golden."""
-    config, tokens = source.config, source.tokens
-    dtype = DTYPES[precision]
-    rows = tokens.vocab_size
-    table = head = _write_rows(folder / f"embed_tokens.{precision}.weights", tensors, EMBED_TOKENS, rows, dtype)
-    if not _head_is_table(tensors, rows):
-        head = _write_rows(folder / f"lm_head.{precision}.weights", tensors, LM_HEAD, rows, dtype)
+    config, tokens, limits = source.config, source.tokens, source.limits
+    stored = write_weights(folder, tensors, config, tokens.vocab_size, order.precision)
     shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
-
-    def add_decoder_with_head(graph: GraphBuilder) -> None:
-        shape = (rows, config.text.hidden_size)
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        add_decoder(graph, tensors, config, tokens, graph.external(LM_HEAD, dtype, shape, head, 0, size))
-
-    vision = _write_graph(folder, "vision_encoder", precision, lambda graph: add_vision_encoder(graph, tensors, config))
-    decoder = _write_graph(folder, "decoder", precision, add_decoder_with_head)
+    table = stored[1][EMBED_TOKENS]
     manifest = Manifest(
         format_version=1,
         producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
@@ -172,18 +192,47 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, precision:
         preprocess=read_preprocess(source.folder, config.vision.image_size),
         tokens=tokens,
         prompts=Prompts(),
-        limits=msgspec.structs.replace(source.limits, prefix=source.limits.prefix + config.vision.num_image_tokens),
+        limits=limits,
         embedding=Embedding(
-            file=table, dtype=dtype, rows=rows, scale=float(np.sqrt(np.float32(config.text.hidden_size)))
+            file=table.file,
+            dtype=table.dtype.name,
+            rows=tokens.vocab_size,
+            scale=float(np.sqrt(np.float32(config.text.hidden_size))),
         ),
-        targets={"cpu": Target(precision=precision, cache_update="rows", vision_encoder=vision, decoder=decoder)},
+        targets=_write_graphs(folder, source, stored, order),
         engines=(),
         tokenizer=_TOKENIZER,
         golden=None,
-        comparison=None,
+        comparisons={},
+        not_compared={},
         files={},
     )
     return _write_manifest(folder, manifest)
+
+
+def _write_graphs(folder: Path, source: _Source, stored: tuple[Stored, Stored], order: _Order) -> dict[str, Target]:
+    """The graphs of every target; those that two targets want alike are written once."""
+    config = source.config
+    capacity = source.limits.prefix + source.limits.new_tokens
+
+    def add_vision(graph: GraphBuilder, lowering: Lowering) -> None:
+        add_vision_encoder(graph, config, lowering)
+
+    def add_decoder_graph(graph: GraphBuilder, lowering: Lowering) -> None:
+        add_decoder(graph, config, source.tokens, lowering, capacity)
+
+    targets = {}
+    for name in order.targets:
+        chosen = TARGETS[name]
+        targets[name] = Target(
+            precision=order.precision,
+            cache_update=chosen.decoder.cache_update,
+            vision_encoder=_write_graph(
+                folder, "vision_encoder", chosen.vision_encoder, stored[0], order.precision, add_vision
+            ),
+            decoder=_write_graph(folder, "decoder", chosen.decoder, stored[1], order.precision, add_decoder_graph),
+        )
+    return targets
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -197,38 +246,18 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _write_rows(path: Path, tensors: Checkpoint, name: str, rows: int, dtype: str) -> str:
-    """The rows of real tokens; those behind them are noise."""
-
-    with WeightFile(path) as file:
-        file.append(piece.astype(dtype) for piece in _pieces(tensors, name, rows))
-    return path.name
-
-
-def _head_is_table(tensors: Checkpoint, rows: int) -> bool:
-    """Whether the rows of real tokens are the same: like transformers, a head that differs is no tied one.
-
-    That holds whatever config.json says: old checkpoints store a copy of the table, some fine-tunes
-    a head of their own without saying so.
-    """
-    return LM_HEAD not in tensors or all(
-        np.array_equal(head, table)
-        for head, table in zip(_pieces(tensors, LM_HEAD, rows), _pieces(tensors, EMBED_TOKENS, rows), strict=True)
-    )
-
-
-def _pieces(tensors: Checkpoint, name: str, rows: int) -> Iterator[Array]:
-    """The first `rows` rows of a matrix, some at a time."""
-    for start in range(0, rows, _ROWS_AT_A_TIME):
-        yield tensors.rows(name, start, min(start + _ROWS_AT_A_TIME, rows))
-
-
-def _write_graph(folder: Path, name: str, precision: Precision, add: Callable[[GraphBuilder], None]) -> Graph:
-    with WeightFile(folder / f"{name}.{precision}.weights") as weights:
-        graph = GraphBuilder(name, weights, DTYPES[precision])
-        add(graph)
+def _write_graph(
+    folder: Path,
+    name: str,
+    lowering: Lowering,
+    stored: Stored,
+    precision: Precision,
+    add: Callable[[GraphBuilder, Lowering], None],
+) -> Graph:
+    graph = GraphBuilder(name, lowering.opset, stored, DTYPES[precision])
+    add(graph, lowering)
     model = graph.build()
-    path = folder / f"{name}.cpu.onnx"
+    path = folder / f"{name}.{lowering.name}.onnx"
     onnx.save_model(model, path)
     return Graph(
         file=path.name,

@@ -6,21 +6,23 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from paliedge.session import CacheT, FloatArray, IdRange, Session
+from paliedge.session import CacheT, FeaturesT, FloatArray, IdRange, Session
 
 
 class GeneratedToken(NamedTuple):
-    """One token, its log-probability and the milliseconds that its step took."""
+    """One token, its log-probability, and the milliseconds that its step took: on the wall, on the GPU."""
 
     token: int
     log_prob: float
+    device_ms: float | None
     ms: float
 
 
 def decode_greedily(
-    session: Session[CacheT],
+    session: Session[CacheT, FeaturesT],
     cache: CacheT,
-    prefix_embeds: FloatArray,
+    image_features: FeaturesT,
+    prompt_embeds: FloatArray,
     embed: Callable[[int], FloatArray],
     *,
     eos: int,
@@ -30,11 +32,12 @@ def decode_greedily(
     """Yield tokens up to and including `eos`, at most `max_new_tokens`; the first one is prefill's.
 
     Args:
-        prefix_embeds: image features and prompt embeddings [S, H].
+        image_features: what the session's vision encoder gave.
+        prompt_embeds: [S, H].
         embed: the embedding [H] of a token id.
     """
     started = time.perf_counter()
-    step = session.prefill(cache, prefix_embeds, allowed)
+    step = session.prefill(cache, image_features, prompt_embeds, allowed)
     for count in range(1, max_new_tokens + 1):
         yield GeneratedToken(*step, (time.perf_counter() - started) * 1000)
         if step.token == eos or count == max_new_tokens:

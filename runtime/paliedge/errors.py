@@ -52,6 +52,20 @@ class EngineMismatchError(PaliEdgeError):
     exit_code = 4
 
 
+class ResourceError(PaliEdgeError):
+    """A bundle or a build that is too large for this machine."""
+
+    exit_code = 4
+
+
+class BuildError(PaliEdgeError):
+    """An engine that could not be built."""
+
+
+class DeviceError(PaliEdgeError):
+    """A GPU that is not there, or fails."""
+
+
 class ImageError(PaliEdgeError):
     """An image that cannot or must not be read."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -195,7 +196,10 @@ class Comparison(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True):
-    """The content of `bundle.json`; `sha256` is of the same JSON, compact, with this field empty."""
+    """The content of `bundle.json`; `sha256` is of the same JSON, compact, with this field empty.
+
+    Each target has an entry in `comparisons` or, with the reason, in `not_compared`.
+    """
 
     format_version: Literal[1]
     producer: Producer
@@ -209,17 +213,22 @@ class Manifest(_Strict, frozen=True):
     engines: tuple[Engine, ...]
     tokenizer: FileName
     golden: FileName | None
-    comparison: Comparison | None
+    comparisons: dict[str, Comparison]
+    not_compared: dict[str, str]
     files: dict[FileName, File]
     sha256: Sha256 | Literal[""] = ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `bundle.json`, the last file of a bundle."""
+    """Write `bundle.json`, the last file of a bundle, in one step."""
     manifest = msgspec.structs.replace(manifest, sha256=manifest_digest(manifest))
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    with (folder / MANIFEST).open("wb") as stream:
+    partial = folder / f".{MANIFEST}.new"
+    with partial.open("wb") as stream:
         stream.write(content + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(folder / MANIFEST)
 
 
 def manifest_digest(manifest: Manifest) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from paliedge.backends import BackendOptions, open_session
 from paliedge.bundle import Bundle
 from paliedge.decoding import GeneratedToken, decode_greedily
 from paliedge.embedding import EmbeddingTable
@@ -18,11 +19,13 @@ from paliedge.images import ImageSource, load_image
 from paliedge.locations import parse_locations
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
-from paliedge.results import Generation, Timings
-from paliedge.session import FloatArray, Session
+from paliedge.results import DeviceTimings, Generation, Timings
+from paliedge.session import Session
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
 """A small PaliGemma that knows coloured shapes and printed words."""
+DEFAULT_OPTIONS = BackendOptions()
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,13 @@ class EncodedImage:
     """What the vision encoder made of an image; good for any number of prompts.
 
     Attributes:
-        features: [N, H] float32.
+        features: [N, H] float32, an array or where the engine that made them keeps them.
         image_wh: width and height of the image in pixels.
         preprocess_ms: decoding, resizing and normalising.
         vision_ms: the vision encoder.
     """
 
-    features: FloatArray
+    features: Any
     image_wh: tuple[int, int]
     preprocess_ms: float
     vision_ms: float
@@ -59,7 +62,7 @@ class PaliGemma:
         session: what runs its graphs.
     """
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:  # type: ignore[type-arg]  # any cache
+    def __init__(self, bundle: Bundle, session: Session[Any, Any]) -> None:
         manifest = bundle.manifest
         self.manifest = manifest
         self._session = session
@@ -69,22 +72,34 @@ class PaliGemma:
         self._idle_caches = [session.new_cache()]
 
     @classmethod
-    def load(cls, bundle: str | Path = SHIPPED_BUNDLE, *, num_threads: int = 0) -> PaliGemma:
-        """Open a bundle and load its graphs with ONNX Runtime on the CPU.
+    def load(
+        cls,
+        bundle: str | Path = SHIPPED_BUNDLE,
+        options: BackendOptions = DEFAULT_OPTIONS,
+        *,
+        report: Callable[[str], None] = _LOG.info,
+    ) -> PaliGemma:
+        """Open a bundle and load it into the best engine that works here.
 
         Args:
             bundle: the folder; without it the shapes model that paliedge ships.
-            num_threads: for the operators; 0 takes every core this process may use.
+            options: which engine, and how.
+            report: gets one line that says which engine runs, and why no better one.
 
         Raises:
             BundleError: no bundle there, or one that is damaged.
-            EngineMismatchError: a bundle without graphs for the CPU.
-            MissingExtraError: onnxruntime is not installed.
+            EngineMismatchError: its engines were built for something else, or it has no graphs for
+                the wanted backend.
+            MissingExtraError: what the backend needs is not installed.
+            DeviceError: the backend needs a GPU, and there is none.
         """
-        from paliedge.ort_session import OrtSession
-
         opened = Bundle(Path(bundle))
-        return cls(opened, OrtSession(opened, num_threads))
+        return cls(opened, open_session(opened, options, report))
+
+    def close(self) -> None:
+        """Give back what the engine holds; for a GPU whose memory others want. Nothing works afterwards."""
+        self._idle_caches.clear()
+        self._session.close()
 
     def encode(self, image: ImageSource, *, bgr: bool = False) -> EncodedImage:
         """Run the vision encoder once, for several prompts on one image.
@@ -241,7 +256,8 @@ class PaliGemma:
             yield decode_greedily(
                 self._session,
                 cache,
-                np.concatenate([image.features, self._embed(prefix)]),
+                image.features,
+                self._embed(prefix),
                 lambda token: self._embed([token])[0],
                 eos=tokens.eos,
                 allowed=(0, tokens.vocab_size - 1),
@@ -275,5 +291,14 @@ class PaliGemma:
                 vision_ms=0.0 if reused else image.vision_ms,
                 prefill_ms=steps[0].ms,
                 decode_ms=tuple(step.ms for step in steps[1:]),
+                device=_device_timings(steps, image, reused=reused),
             ),
         )
+
+
+def _device_timings(steps: list[GeneratedToken], image: EncodedImage, *, reused: bool) -> DeviceTimings | None:
+    times = [step.device_ms for step in steps if step.device_ms is not None]
+    if len(times) < len(steps):
+        return None
+    vision_ms = 0.0 if reused else getattr(image.features, "device_ms", 0.0)
+    return DeviceTimings(vision_ms, times[0], tuple(times[1:]))

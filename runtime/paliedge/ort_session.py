@@ -1,15 +1,16 @@
-"""The session on ONNX Runtime. The only module that imports it."""
+"""The session on ONNX Runtime, on the CPU or through its CUDA provider. The only module that imports it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from paliedge.bundle import Bundle
-from paliedge.errors import BundleError, MissingExtraError
+from paliedge.errors import BundleError, EngineMismatchError, MissingExtraError
 from paliedge.manifest import Target
 from paliedge.session import FloatArray, IdRange, Step
 
@@ -17,22 +18,28 @@ try:
     import onnxruntime as ort
 except ModuleNotFoundError:
     raise MissingExtraError(
-        expected="onnxruntime for the target 'cpu'",
+        expected="onnxruntime",
         found="no such package",
-        action='Run `pip install "paliedge[cpu]"`.',
+        action='Run `pip install "paliedge[cpu]"`, or `pip install "paliedge[gpu]"` for its CUDA provider.',
     ) from None
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
 class OrtCache:
     """A KV cache of fixed capacity with the bindings that read and fill it.
 
     Decode reads the whole buffers; the graph hides what lies behind the tokens that are there. All
-    inputs and outputs of a decode step are bound once to memory that stays where it is.
+    inputs and outputs of a decode step are bound once to memory that stays where it is: where the
+    graph updates the cache itself, each cache output to the buffer of its input.
     """
 
     def __init__(self, session: ort.InferenceSession, target: Target, hidden_size: int, capacity: int) -> None:
         self.length = 0
-        self.binding = session.io_binding()
+        self.prefix_length = np.empty(1, np.int64)
+        self.allowed_ids = np.empty((1, 2), np.int64)
+        self.next_token = np.empty(1, np.int64)
+        self.log_prob = np.empty(1, np.float32)
         self.buffers: dict[str, npt.NDArray[np.generic]] = {}
         self.rows: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in target.decoder.inputs:
@@ -40,42 +47,54 @@ class OrtCache:
                 heads, dim = tensor.shape[1], tensor.shape[3]
                 assert isinstance(heads, int)
                 assert isinstance(dim, int)
-                present = tensor.name.replace("past_key_values.", "present.")
-                self.buffers[present] = np.zeros((1, heads, capacity, dim), tensor.dtype)
-                self.rows[present] = np.empty((1, heads, 1, dim), tensor.dtype)
-                self.binding.bind_cpu_input(tensor.name, self.buffers[present])
-                _bind_output(self.binding, present, self.rows[present])
+                self.buffers[tensor.name] = np.zeros((1, heads, capacity, dim), tensor.dtype)
+                if target.cache_update == "rows":
+                    self.rows[tensor.name] = np.empty((1, heads, 1, dim), tensor.dtype)
         self.inputs_embeds = np.empty((1, 1, hidden_size), np.float32)
         self.position_ids = np.empty((1, 1), np.int64)
-        self.prefix_length = np.empty(1, np.int64)
-        self.allowed_ids = np.empty((1, 2), np.int64)
-        self.next_token = np.empty(1, np.int64)
-        self.log_prob = np.empty(1, np.float32)
-        for name in ("inputs_embeds", "position_ids", "prefix_length", "allowed_ids"):
-            self.binding.bind_cpu_input(name, getattr(self, name))
+        self.binding = self.bind(session, self.inputs_embeds, self.position_ids)
+
+    def bind(
+        self, session: ort.InferenceSession, inputs_embeds: FloatArray, position_ids: npt.NDArray[np.int64]
+    ) -> ort.IOBinding:
+        """Bind a step on S tokens, inputs_embeds [1, S, H] and position_ids [1, S], to this cache."""
+        binding = session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", inputs_embeds)
+        binding.bind_cpu_input("position_ids", position_ids)
+        for name in ("prefix_length", "allowed_ids"):
+            binding.bind_cpu_input(name, getattr(self, name))
         for name in ("next_token", "log_prob"):
-            _bind_output(self.binding, name, getattr(self, name))
+            _bind_output(binding, name, getattr(self, name))
+        for name, buffer in self.buffers.items():
+            binding.bind_cpu_input(name, buffer)
+            _bind_output(binding, _present(name), self.rows.get(name, buffer))
+        return binding
 
 
 class OrtSession:
-    """Vision encoder and decoder of the target `cpu`, loaded by memory map.
+    """Vision encoder and decoder of one target, loaded by memory map.
 
     Args:
         bundle: its hashes are already checked.
+        target: whose graphs.
         num_threads: for the operators; 0 takes the number of cores this process may use.
+        provider: "cpu" or "cuda".
 
     Raises:
         BundleError: a graph that ONNX Runtime refuses.
+        EngineMismatchError: the target or the provider is not there.
     """
 
-    def __init__(self, bundle: Bundle, num_threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, target: str = "cpu", num_threads: int = 0, provider: Literal["cpu", "cuda"] = "cpu"
+    ) -> None:
         manifest = bundle.manifest
-        self._target = bundle.target("cpu")
+        self._target = bundle.target(target)
         self._hidden_size = manifest.model.text.hidden_size
         self._capacity = manifest.limits.prefix + manifest.limits.new_tokens
         num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._vision = _load(bundle.path(self._target.vision_encoder.file), num_threads)
-        self._decoder = _load(bundle.path(self._target.decoder.file), num_threads)
+        self._vision = _load(bundle.path(self._target.vision_encoder.file), num_threads, provider)
+        self._decoder = _load(bundle.path(self._target.decoder.file), num_threads, provider)
         self._empty = {
             tensor.name: np.zeros(
                 [size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype
@@ -93,19 +112,28 @@ class OrtSession:
     def new_cache(self) -> OrtCache:
         return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity)
 
-    def prefill(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
-        length = len(inputs_embeds)
+    def close(self) -> None:
+        del self._vision, self._decoder
+
+    def prefill(self, cache: OrtCache, image_features: FloatArray, prompt_embeds: FloatArray, allowed: IdRange) -> Step:
+        inputs_embeds = np.concatenate([image_features, prompt_embeds])[None]
+        length = inputs_embeds.shape[1]
+        position_ids = np.arange(1, length + 1)[None]
+        cache.length = length
+        cache.prefix_length[0] = length
+        cache.allowed_ids[0] = allowed
+        if self._target.cache_update == "in_place":
+            self._decoder.run_with_iobinding(cache.bind(self._decoder, inputs_embeds, position_ids))
+            return Step(int(cache.next_token[0]), float(cache.log_prob[0]))
         inputs = self._empty | {
-            "inputs_embeds": inputs_embeds[None],
-            "position_ids": np.arange(1, length + 1)[None],
-            "prefix_length": np.array([length]),
-            "allowed_ids": np.array([allowed]),
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "prefix_length": cache.prefix_length,
+            "allowed_ids": cache.allowed_ids,
         }
         outputs = dict(zip(self._prefill_outputs, self._decoder.run(self._prefill_outputs, inputs), strict=True))
         for name, buffer in cache.buffers.items():
-            buffer[:, :, :length] = outputs[name]
-        cache.length = length
-        cache.prefix_length[0] = length
+            buffer[:, :, :length] = outputs[_present(name)]
         return Step(int(outputs["next_token"][0]), float(outputs["log_prob"][0]))
 
     def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
@@ -113,25 +141,43 @@ class OrtSession:
         cache.position_ids[0, 0] = cache.length + 1
         cache.allowed_ids[0] = allowed
         self._decoder.run_with_iobinding(cache.binding)
-        for name, buffer in cache.buffers.items():
-            buffer[:, :, cache.length] = cache.rows[name][:, :, 0]
+        for name, rows in cache.rows.items():
+            cache.buffers[name][:, :, cache.length] = rows[:, :, 0]
         cache.length += 1
         return Step(int(cache.next_token[0]), float(cache.log_prob[0]))
 
 
-def _load(path: Path, num_threads: int) -> ort.InferenceSession:
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
+
+
+def _load(path: Path, num_threads: int, provider: Literal["cpu", "cuda"]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    wanted = _PROVIDERS[provider]
+    if wanted[0] not in ort.get_available_providers():
+        raise EngineMismatchError(
+            expected=f"an ONNX Runtime with {wanted[0]}",
+            found=f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}",
+            action='Replace it: `pip uninstall onnxruntime`, then `pip install "paliedge[gpu]"`.',
+        )
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, options, providers=wanted)
     except Exception as error:  # the bindings raise a class of their own for each cause
         raise BundleError(
             expected=f"a graph in {path} that ONNX Runtime {ort.__version__} can load",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             action="Export the checkpoint again, or update onnxruntime.",
         ) from None
+    if wanted[0] not in session.get_providers():  # ONNX Runtime goes on without it, and says so in a log
+        raise EngineMismatchError(
+            expected=f"{wanted[0]} of onnxruntime {ort.__version__} to load",
+            found="that it could not: no NVIDIA driver, or no CUDA and cuDNN of its version",
+            action="Run `paliedge doctor`, or use `--backend cpu`.",
+        )
+    return session
 
 
 def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[np.generic]) -> None:

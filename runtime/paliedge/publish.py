@@ -1,4 +1,4 @@
-"""Put a finished bundle in its place in one step, whatever happens meanwhile."""
+"""Put a finished bundle in its place in one step, and engines into a bundle, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from paliedge.errors import UsageError
-from paliedge.manifest import MANIFEST
+import msgspec
+
+from paliedge.bundle import describe_file
+from paliedge.errors import OutputError, UsageError
+from paliedge.manifest import MANIFEST, Engine, Manifest, write_manifest
 
 _ASIDE = ".old"
+_ENGINES = ".engines.new-"
+_ENGINE_SUFFIXES = (".plan", ".timing")
 
 
 @contextmanager
@@ -62,7 +67,72 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _lock_folder(folder: Path) -> Iterator[bool]:
+def wait_for_folder(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the folder's advisory lock; calls `on_wait` where another process has it, then waits."""
+    with _lock_folder(folder) as free:
+        if free:
+            yield
+            return
+    on_wait()
+    with _lock_folder(folder, wait=True):
+        yield
+
+
+@contextmanager
+def engine_staging(folder: Path) -> Iterator[Path]:
+    """A folder inside the bundle for plans in the making; what a killed build left is removed first.
+
+    Raises:
+        OutputError: the bundle cannot be written to.
+    """
+    try:
+        for leftover in folder.glob(f"{_ENGINES}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=_ENGINES, dir=folder))
+    except OSError as error:
+        raise OutputError(
+            expected=f"to write engines into {folder}",
+            found=error.strerror or "an error of the file system",
+            action="Copy the bundle to a place that you may write to, and build there.",
+        ) from None
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish_engine(folder: Path, manifest: Manifest, staging: Path, engine: Engine) -> None:
+    """Move the engine's files from `staging` into the bundle, then name them in its manifest in one step.
+
+    An engine for the same flavour, version and GPU is replaced. A kill at any moment leaves the old
+    manifest or the new one, and at most files that none names; the next build removes those.
+    """
+    files = {path.name: describe_file(path) for path in sorted(staging.iterdir())}
+    for name in files:
+        _sync(staging / name)
+        (staging / name).replace(folder / name)
+    _sync(folder)
+    kept = tuple(other for other in manifest.engines if _key(other) != _key(engine))
+    named = {name for other in (*kept, engine) for name in engine_files(other)}
+    older = {name: file for name, file in manifest.files.items() if not name.endswith(_ENGINE_SUFFIXES)}
+    older |= {name: file for name, file in manifest.files.items() if name in named}
+    write_manifest(folder, msgspec.structs.replace(manifest, engines=(*kept, engine), files=older | files))
+    for path in folder.iterdir():
+        if path.suffix in _ENGINE_SUFFIXES and path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+def engine_files(engine: Engine) -> list[str]:
+    """Every file of an engine."""
+    return [engine.vision_encoder.file, engine.decoder.file, *filter(None, [engine.timing_cache])]
+
+
+def _key(engine: Engine) -> tuple[str, str, str]:
+    return engine.flavour, engine.version, engine.compute_capability
+
+
+@contextmanager
+def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the folder's advisory lock; yields whether it was free. The system drops it with the process."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -70,7 +140,7 @@ def _lock_folder(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield True
     except BlockingIOError:
         yield False

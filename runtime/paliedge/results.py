@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from paliedge.locations import Detection
@@ -11,18 +11,29 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class DeviceTimings:
+    """Milliseconds between a stage's first copy and its last, as the GPU's own events tell them."""
+
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Timings:
     """Wall-clock times in milliseconds.
 
     `decode_ms` has one entry a decode step: the first token comes out of prefill, so there are
     len(token_ids) - 1 of them, one more where the end-of-sequence token came by a step of its own.
-    `preprocess_ms` and `vision_ms` are 0 for an image that was encoded before.
+    `preprocess_ms` and `vision_ms` are 0 for an image that was encoded before. `device` is there
+    where the engine has a clock of its own.
     """
 
     preprocess_ms: float
     vision_ms: float
     prefill_ms: float
     decode_ms: tuple[float, ...]
+    device: DeviceTimings | None = None
 
     @property
     def total_ms(self) -> float:
@@ -76,5 +87,6 @@ class Generation:
                 "prefill_ms": round(self.timings.prefill_ms, 3),
                 "decode_ms": [round(value, 3) for value in self.timings.decode_ms],
                 "total_ms": round(self.timings.total_ms, 3),
+                "device": asdict(self.timings.device) if self.timings.device else None,
             },
         }

@@ -13,28 +13,37 @@ IdRange = tuple[int, int]
 
 
 class Step(NamedTuple):
-    """The chosen token and its log-probability among all tokens."""
+    """The chosen token, its log-probability among all tokens, and the milliseconds that the GPU worked on it."""
 
     token: int
     log_prob: float
+    device_ms: float | None = None
 
 
 CacheT = TypeVar("CacheT")
+FeaturesT = TypeVar("FeaturesT")
 
 
-class Session(Protocol[CacheT]):
+class Session(Protocol[CacheT, FeaturesT]):
     """A vision encoder and a decoder, ready to run. Safe to share between threads; a cache is not."""
 
-    def encode_image(self, pixel_values: FloatArray) -> FloatArray:
-        """pixel_values [1, 3, S, S] -> image_features [N, H]."""
+    def encode_image(self, pixel_values: FloatArray) -> FeaturesT:
+        """pixel_values [1, 3, S, S] -> image_features, which stay where the decoder wants them.
+
+        They have a `shape` [N, H], and become an array by `np.asarray`.
+        """
         ...
 
     def new_cache(self) -> CacheT:
         """A KV cache of the bundle's capacity, for one request at a time."""
         ...
 
-    def prefill(self, cache: CacheT, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
-        """Start over with the prefix inputs_embeds [S, H]; returns the first token."""
+    def close(self) -> None:
+        """Give back what the session holds; nothing works afterwards."""
+        ...
+
+    def prefill(self, cache: CacheT, image_features: FeaturesT, prompt_embeds: FloatArray, allowed: IdRange) -> Step:
+        """Start over with image_features [N, H] and prompt_embeds [S, H]; returns the first token."""
         ...
 
     def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: IdRange) -> Step:

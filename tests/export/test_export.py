@@ -56,14 +56,15 @@ def test_a_bundle_knows_the_repository_it_comes_from(
 
 
 def test_fp32_is_compared_with_transformers(tiny: Tiny, tmp_path: Path) -> None:
-    comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle")
-    assert comparison is not None
+    exported = export_bundle(str(tiny.checkpoint), tmp_path / "bundle")
+    comparison = exported.comparisons["cpu"]
     assert comparison.reference.startswith("transformers ")
     assert comparison.image_features_error < 1e-4
     assert comparison.log_prob_error < 1e-4
     assert comparison.token_match == 1
     manifest = Bundle(tmp_path / "bundle").manifest
-    assert manifest.comparison == comparison
+    assert manifest.comparisons == {"cpu": comparison}
+    assert manifest.not_compared == {}
     assert manifest.golden is not None
     with np.load(tmp_path / "bundle" / manifest.golden) as golden:
         assert golden["token_ids"].shape == (len(golden["images"]), len(PROMPTS), NUM_NEW_TOKENS)
@@ -77,8 +78,7 @@ def test_fp16_is_compared_with_its_fp32_graphs_and_not_with_transformers(
         raise AssertionError(folder)
 
     monkeypatch.setattr(exporter, "make_reference_golden", refuse)
-    comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16")
-    assert comparison is not None
+    comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16").comparisons["cpu"]
     assert comparison.reference == "its fp32 graphs"
     assert 0 < comparison.log_prob_error < 5e-2
     assert {path.suffix for path in (tmp_path / "bundle").iterdir() if path.is_dir()} == set()
@@ -89,10 +89,11 @@ def test_without_transformers_the_graphs_own_answers_are_the_golden(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert export_bundle(str(paligemma.checkpoint), tmp_path / "bundle") is None
+    export_bundle(str(paligemma.checkpoint), tmp_path / "bundle")
     manifest = Bundle(tmp_path / "bundle").manifest
     assert manifest.golden is not None
-    assert manifest.comparison is None
+    assert manifest.comparisons == {}
+    assert "torch is not installed" in manifest.not_compared["cpu"]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new-folder", "over-a-bundle"])

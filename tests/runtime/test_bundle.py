@@ -27,7 +27,7 @@ from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
 
 FILES = (
-    "decoder.cpu.onnx",
+    "decoder.opset20.onnx",
     "decoder.fp32.weights",
     "embed_tokens.fp32.weights",
     "tokenizer.json",
@@ -267,7 +267,7 @@ def test_a_manifest_with_a_value_that_must_not_be_is_refused(path: str, value: o
 
 
 @pytest.mark.usefixtures("no_session")
-@pytest.mark.parametrize("field", ["format_version", "tokens", "files", "comparison"])
+@pytest.mark.parametrize("field", ["format_version", "tokens", "files", "comparisons"])
 def test_a_manifest_with_a_field_missing_is_refused(field: str, copy: Path) -> None:
     content = read_manifest(copy)
     del content[field]
@@ -546,7 +546,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(name: str, exported:
     neighbours = [tmp_path / ".bundle2.new-abc123", tmp_path / f"{name}.new-abc123", tmp_path / ".new-abc123"]
     for path in (dead, *neighbours):
         path.mkdir()
-        (path / "decoder.cpu.onnx").write_text("half a graph")
+        (path / "decoder.opset20.onnx").write_text("half a graph")
     with publish_bundle(folder) as staging:
         assert not dead.exists()
         copy_into(exported, staging)

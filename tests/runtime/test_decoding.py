@@ -37,15 +37,20 @@ class ScriptedSession:
     def new_cache(self) -> ScriptedCache:
         return ScriptedCache()
 
-    def prefill(self, cache: ScriptedCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
-        assert inputs_embeds.shape == (len(inputs_embeds), HIDDEN)
-        cache.embeds = inputs_embeds[:, 0].tolist()
+    def prefill(
+        self, cache: ScriptedCache, image_features: FloatArray, prompt_embeds: FloatArray, allowed: IdRange
+    ) -> Step:
+        assert prompt_embeds.shape == (len(prompt_embeds), HIDDEN)
+        cache.embeds = [*image_features[:, 0].tolist(), *prompt_embeds[:, 0].tolist()]
         return self._answer("prefill", cache, allowed)
 
     def decode(self, cache: ScriptedCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
         assert inputs_embeds.shape == (HIDDEN,)
         cache.embeds.append(float(inputs_embeds[0]))
         return self._answer("decode", cache, allowed)
+
+    def close(self) -> None:
+        raise AssertionError("the decode loop does not own the session")
 
     def _answer(self, call: str, cache: ScriptedCache, allowed: IdRange) -> Step:
         self.calls.append((call, allowed))
@@ -61,9 +66,9 @@ def embed(token: int) -> FloatArray:
 def decode(
     session: ScriptedSession, cache: ScriptedCache, limit: int, allowed: IdRange = (0, 99)
 ) -> list[GeneratedToken]:
-    checked: Session[ScriptedCache] = session
-    prefix = np.stack([embed(100), embed(101)])
-    return list(decode_greedily(checked, cache, prefix, embed, eos=EOS, allowed=allowed, max_new_tokens=limit))
+    checked: Session[ScriptedCache, FloatArray] = session
+    image, prompt = embed(100)[None], embed(101)[None]
+    return list(decode_greedily(checked, cache, image, prompt, embed, eos=EOS, allowed=allowed, max_new_tokens=limit))
 
 
 def test_decoding_ends_with_end_of_sequence() -> None:
@@ -103,7 +108,9 @@ def test_the_allowed_range_goes_with_every_step() -> None:
 def test_a_token_is_handed_out_before_the_next_one_is_computed() -> None:
     session = ScriptedSession([7, 8, EOS])
     prefix = embed(100)[None]
-    steps = decode_greedily(session, ScriptedCache(), prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10)
+    steps = decode_greedily(
+        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10
+    )
     assert session.calls == []
     assert next(steps).token == 7
     assert len(session.calls) == 1
@@ -117,7 +124,9 @@ def test_a_step_is_timed_without_the_time_its_reader_takes(monkeypatch: pytest.M
     session = ScriptedSession([7, 8, EOS])
     prefix = embed(100)[None]
     times = []
-    for step in decode_greedily(session, ScriptedCache(), prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10):
+    for step in decode_greedily(
+        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10
+    ):
         times.append(step.ms)
         next(ticks)  # a slow reader
     assert times == [500, 500, 500]

@@ -200,11 +200,12 @@ def test_the_cache_stays_where_it_is_and_decoding_allocates_nothing_that_grows()
     cache = session.new_cache()
     limits = bundle.manifest.limits
     width = bundle.manifest.model.text.hidden_size
+    image = np.ones((bundle.manifest.model.vision.num_image_tokens, width), np.float32)
     addresses = {name: buffer.ctypes.data for name, buffer in cache.buffers.items()}
     sizes = np.zeros((2, limits.new_tokens), np.int64)
     tracemalloc.start()
     for answer in sizes:  # the first one fills Python's own pools
-        session.prefill(cache, np.ones((limits.prefix, width), np.float32), (0, 10))
+        session.prefill(cache, image, np.ones((limits.prefix - len(image), width), np.float32), (0, 10))
         for index in range(limits.new_tokens):
             session.decode(cache, np.ones(width, np.float32), (0, 10))
             answer[index] = tracemalloc.get_traced_memory()[0]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from paliedge.cli.predict import load_model, model_options, print_answer, save_picture
+from paliedge.cli.predict import backend_options, load_model, model_options, print_answer, save_picture
+
+if TYPE_CHECKING:
+    from paliedge.backends import BackendOptions
 
 _json_option = click.option(
     "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="The answer as JSON."
@@ -45,23 +49,28 @@ def info(bundle: Path | None, as_json: bool) -> None:
         names = {manifest.embedding.file, *target.vision_encoder.weights, *target.decoder.weights}
         size = sum(manifest.files[name].size for name in names) / 1e6
         rows[f"target {name}"] = f"{target.precision}, {size:.1f} MB of weights"
-    if manifest.comparison:
-        found = manifest.comparison
-        rows["compared"] = (
-            f"with {found.reference}: features off by {found.image_features_error:.1e}, "
-            f"log-probabilities by {found.log_prob_error:.1e}, {found.token_match:.1%} of tokens equal"
+        if name in manifest.comparisons:
+            found = manifest.comparisons[name]
+            rows[f"  {name} compared"] = (
+                f"with {found.reference}: features off by {found.image_features_error:.1e}, "
+                f"log-probabilities by {found.log_prob_error:.1e}, {found.token_match:.1%} of tokens equal"
+            )
+        else:
+            rows[f"  {name} compared"] = f"no: {manifest.not_compared[name]}"
+    for engine in manifest.engines:
+        rows[f"engine {engine.flavour}"] = (
+            f"{engine.version} for compute capability {engine.compute_capability}, {engine.precision}, "
+            f"from {engine.target}'s graphs"
         )
     for name, value in rows.items():
-        click.echo(f"{name:<12} {value}")
+        click.echo(f"{name:<18} {value}")
 
 
 @click.command()
 @_bundle_argument
-@click.option(
-    "--threads", type=click.IntRange(0), default=0, envvar="PALIEDGE_THREADS", show_envvar=True, help="See `detect`."
-)
+@backend_options
 @_json_option
-def verify(bundle: Path | None, threads: int, as_json: bool) -> None:
+def verify(bundle: Path | None, options: BackendOptions, as_json: bool) -> None:
     """Read every file of a bundle again, then let this machine repeat its golden answers."""
     from paliedge.bundle import Bundle
     from paliedge.golden import verify_golden
@@ -69,7 +78,7 @@ def verify(bundle: Path | None, threads: int, as_json: bool) -> None:
 
     opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
     opened.verify_hashes()
-    report = verify_golden(opened, load_model(opened.folder, threads))
+    report = verify_golden(opened, load_model(opened.folder, options))
     golden = report._asdict() if report else None
     if as_json:
         click.echo(
@@ -97,11 +106,11 @@ def verify(bundle: Path | None, threads: int, as_json: bool) -> None:
 @click.option(
     "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="Answers as JSON lines."
 )
-def demo(bundle: Path | None, threads: int, save: Path, as_json: bool) -> None:
+def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool) -> None:
     """Detect, caption, count and read on the sample scenes that ship with paliedge."""
     from paliedge.images import load_image
 
-    model = load_model(bundle, threads)
+    model = load_model(bundle, options)
     for scene in json.loads((DEMO_SCENES / "scenes.json").read_text()):
         image = load_image(DEMO_SCENES / scene["file"])
         encoded = model.encode(image)

@@ -6,6 +6,7 @@ import glob
 import json
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from paliedge.errors import ImageError, OutputError, PaliEdgeError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from paliedge.backends import Backend, BackendOptions, OnMismatch
     from paliedge.model import PaliGemma
     from paliedge.results import Generation
 
@@ -25,9 +27,66 @@ SOME_FAILED = 6
 _Verb = TypeVar("_Verb", bound=Callable[..., None])
 
 
+def backend_options(verb: _Verb) -> _Verb:
+    """`--backend` and its like, which the verb gets as `options`, a BackendOptions."""
+
+    @wraps(verb)
+    def collect(
+        threads: int, backend: Backend, on_mismatch: OnMismatch, sequential: bool, cuda_graph: bool, **rest: Any
+    ) -> None:
+        from paliedge.backends import BackendOptions
+
+        verb(options=BackendOptions(backend, on_mismatch, threads, cuda_graph, sequential), **rest)
+
+    for option in (
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "tensorrt", "rtx", "cuda", "cpu"]),
+            default="auto",
+            show_default=True,
+            envvar="PALIEDGE_BACKEND",
+            show_envvar=True,
+            help="What runs the model; auto takes the first that works.",
+        ),
+        click.option(
+            "--on-mismatch",
+            type=click.Choice(["error", "rebuild", "fallback"]),
+            default="error",
+            show_default=True,
+            envvar="PALIEDGE_ON_MISMATCH",
+            show_envvar=True,
+            help="If the bundle's engines are for another TensorRT or GPU; fallback is ONNX Runtime.",
+        ),
+        click.option(
+            "--sequential",
+            is_flag=True,
+            envvar="PALIEDGE_SEQUENTIAL",
+            show_envvar=True,
+            help="Keep one TensorRT engine in memory at a time; see `paliedge plan`.",
+        ),
+        click.option(
+            "--cuda-graph/--no-cuda-graph",
+            default=True,
+            envvar="PALIEDGE_CUDA_GRAPH",
+            show_envvar=True,
+            help="Replay each decode step as one CUDA graph.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(0),
+            default=0,
+            envvar="PALIEDGE_THREADS",
+            show_envvar=True,
+            help="Threads of ONNX Runtime's operators; 0 takes every core.",
+        ),
+    ):
+        collect = option(collect)
+    return collect  # type: ignore[return-value]  # click has put its options on it
+
+
 def model_options(verb: _Verb) -> _Verb:
-    """`-m` and `--threads`."""
-    verb = click.option(
+    """`-m` and the backend's options."""
+    return click.option(
         "-m",
         "--model",
         "bundle",
@@ -35,15 +94,7 @@ def model_options(verb: _Verb) -> _Verb:
         envvar="PALIEDGE_MODEL",
         show_envvar=True,
         help="Bundle folder; without it the shipped shapes model.",
-    )(verb)
-    return click.option(
-        "--threads",
-        type=click.IntRange(0),
-        default=0,
-        envvar="PALIEDGE_THREADS",
-        show_envvar=True,
-        help="Threads of the operators; 0 takes every core.",
-    )(verb)
+    )(backend_options(verb))
 
 
 def _answer_options(verb: _Verb) -> _Verb:
@@ -76,21 +127,21 @@ _lang_option = click.option(
 @click.argument("source")
 @click.argument("labels")
 @_answer_options
-def detect(source: str, labels: str, max_new_tokens: int | None, **options: Any) -> None:
+def detect(source: str, labels: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Find every instance of LABELS, such as "cat ; dog".
 
     SOURCE is a picture, a folder of pictures or a glob pattern.
     """
-    _answer_all(source, lambda model, image: model.detect(image, labels, max_new_tokens=max_new_tokens), **options)
+    _answer_all(source, lambda model, image: model.detect(image, labels, max_new_tokens=max_new_tokens), **rest)
 
 
 @click.command()
 @click.argument("source")
 @_lang_option
 @_answer_options
-def caption(source: str, lang: str, max_new_tokens: int | None, **options: Any) -> None:
+def caption(source: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Describe each picture in one sentence."""
-    _answer_all(source, lambda model, image: model.caption(image, lang, max_new_tokens=max_new_tokens), **options)
+    _answer_all(source, lambda model, image: model.caption(image, lang, max_new_tokens=max_new_tokens), **rest)
 
 
 @click.command()
@@ -98,38 +149,38 @@ def caption(source: str, lang: str, max_new_tokens: int | None, **options: Any) 
 @click.argument("question")
 @_lang_option
 @_answer_options
-def ask(source: str, question: str, lang: str, max_new_tokens: int | None, **options: Any) -> None:
+def ask(source: str, question: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Answer QUESTION about each picture."""
-    _answer_all(source, lambda model, image: model.ask(image, question, lang, max_new_tokens=max_new_tokens), **options)
+    _answer_all(source, lambda model, image: model.ask(image, question, lang, max_new_tokens=max_new_tokens), **rest)
 
 
 @click.command()
 @click.argument("source")
 @_answer_options
-def ocr(source: str, max_new_tokens: int | None, **options: Any) -> None:
+def ocr(source: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Read the text in each picture."""
-    _answer_all(source, lambda model, image: model.ocr(image, max_new_tokens=max_new_tokens), **options)
+    _answer_all(source, lambda model, image: model.ocr(image, max_new_tokens=max_new_tokens), **rest)
 
 
 @click.command()
 @click.argument("source")
 @click.argument("prompt")
 @_answer_options
-def predict(source: str, prompt: str, max_new_tokens: int | None, **options: Any) -> None:
+def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Answer a free PROMPT in the model's own words, such as "caption de"."""
-    _answer_all(source, lambda model, image: model.generate(image, prompt, max_new_tokens=max_new_tokens), **options)
+    _answer_all(source, lambda model, image: model.generate(image, prompt, max_new_tokens=max_new_tokens), **rest)
 
 
 VERBS = (detect, caption, ask, ocr, predict)
 
 
-def load_model(bundle: Path | None, threads: int) -> PaliGemma:
-    """The bundle's model; says so where it is the shipped one."""
+def load_model(bundle: Path | None, options: BackendOptions) -> PaliGemma:
+    """The bundle's model; says which, if it is the shipped one, and what runs it."""
     from paliedge.model import SHIPPED_BUNDLE, PaliGemma
 
     if bundle is None:
         click.echo("no -m BUNDLE given: using the shapes model that ships with paliedge", err=True)
-    return PaliGemma.load(bundle or SHIPPED_BUNDLE, num_threads=threads)
+    return PaliGemma.load(bundle or SHIPPED_BUNDLE, options, report=lambda line: click.echo(line, err=True))
 
 
 def find_sources(source: str) -> list[Path]:
@@ -164,13 +215,13 @@ def find_sources(source: str) -> list[Path]:
 
 
 def _answer_all(
-    source: str, answer: _Answer, *, bundle: Path | None, threads: int, save: Path | None, as_json: bool
+    source: str, answer: _Answer, *, bundle: Path | None, options: BackendOptions, save: Path | None, as_json: bool
 ) -> None:
     """Answer for every picture; a bad one is reported and the others are done."""
     from paliedge.images import load_image
 
     paths = find_sources(source)
-    model = load_model(bundle, threads)
+    model = load_model(bundle, options)
     errors: list[PaliEdgeError] = []
     taken: set[Path] = {path.absolute() for path in paths}
     show_progress = len(paths) > 1 and _is_terminal()

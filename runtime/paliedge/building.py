@@ -1,0 +1,256 @@
+"""Build a bundle's engines on the machine that will run them.
+
+Vision encoder and decoder one after the other, each in a child process; nothing is published before
+both are done. Knows TensorRT by its version only; the child does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from paliedge.bundle import Bundle, describe_file
+from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError
+from paliedge.flavours import ANY_GPU, TensorRt, find_flavours, load_flavour
+from paliedge.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
+from paliedge.plan_builder import BuildEvent, BuildOrder
+from paliedge.planning import available_memory, check_build_memory
+from paliedge.publish import engine_staging, publish_engine, wait_for_folder
+
+DEFAULT_WORKSPACE = 1 << 30
+"""Bytes that a kernel may use for itself; small, because on a Jetson they are the model's too."""
+_PROMPT_TOKENS = 16
+"""Of the prompt that prefill is tuned for."""
+
+Report = Callable[[str], None]
+Progress = Callable[[str, float], None]
+
+
+def build_engine(
+    folder: Path,
+    flavour: Flavour | None = None,
+    *,
+    workspace: int = DEFAULT_WORKSPACE,
+    force: bool = False,
+    report: Report = lambda line: None,
+    on_progress: Progress = lambda part, progress: None,
+) -> Engine:
+    """Build plans for this machine and add them to the bundle; one that is there already is returned.
+
+    Args:
+        flavour: the first that is installed unless given: TensorRT, then TensorRT for RTX.
+        workspace: bytes that a kernel may use besides weights and activations.
+        force: build even if the bundle has such an engine.
+        report: gets a line a stage.
+        on_progress: gets the part's name and how much of it is done, from 0 to 1.
+
+    Raises:
+        BundleError: see `Bundle`.
+        MissingExtraError: no such TensorRT here.
+        DeviceError: no GPU, and this TensorRT needs one to build.
+        EngineMismatchError: the bundle has no graphs that this TensorRT takes.
+        ResourceError: the build does not fit in the memory that is free.
+        BuildError: the builder refused a graph, failed or was killed.
+        OutputError: the bundle cannot be written to.
+    """
+    trt = load_flavour(flavour) if flavour else _first_flavour()
+    capability, gpu = describe_gpu(trt)
+    folder = folder.resolve()
+    Bundle(folder, check_hashes=False)
+    with wait_for_folder(folder, lambda: report("waiting for another build of this bundle")):
+        bundle = Bundle(folder)
+        existing = find_engine(bundle.manifest, trt, capability)
+        if existing and not force:
+            report(f"the bundle has an engine for {describe(trt, capability)} already")
+            return existing
+        target = choose_target(bundle.manifest, trt)
+        check_build_memory(bundle.manifest, target, sum(available_memory()))
+        engine = Engine(
+            target=target,
+            flavour=trt.flavour,
+            version=trt.version,
+            compute_capability=capability,
+            gpu=gpu,
+            precision=bundle.manifest.targets[target].precision,
+            vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(bundle.manifest, target)),
+            decoder=Plan(file="decoder.plan", profiles=decoder_profiles(bundle.manifest, target)),
+            timing_cache=None if trt.compiles_on_device else "engine.timing",
+        )
+        with engine_staging(folder) as staging:
+            for part in ("vision_encoder", "decoder"):
+                report(f"building {part} for {describe(trt, capability)} from {target}'s graphs")
+                _build_part(bundle, engine, part, staging, workspace, on_progress)
+            engine = _name_files(engine, staging)
+            publish_engine(folder, bundle.manifest, staging, engine)
+    return engine
+
+
+def describe(trt: TensorRt, capability: str) -> str:
+    """Such as "TensorRT 10.3.0 on compute capability 8.7"."""
+    name = "TensorRT" if trt.flavour == "tensorrt" else "TensorRT for RTX"
+    return f"{name} {trt.version}" + ("" if capability == ANY_GPU else f" on compute capability {capability}")
+
+
+def describe_gpu(trt: TensorRt) -> tuple[str, str]:
+    """Compute capability and name of the GPU that plans will be good for."""
+    if trt.compiles_on_device:
+        return ANY_GPU, "any"
+    from paliedge.cuda import gpu_info
+
+    info = gpu_info()
+    return info.compute_capability, info.name
+
+
+def find_engine(manifest: Manifest, trt: TensorRt, capability: str) -> Engine | None:
+    """The engine that was built for exactly this flavour, version and GPU."""
+    for engine in manifest.engines:
+        if (engine.flavour, engine.version, engine.compute_capability) == (trt.flavour, trt.version, capability):
+            return engine
+    return None
+
+
+def choose_target(manifest: Manifest, trt: TensorRt) -> str:
+    """The best of the bundle's targets that this TensorRT takes.
+
+    Raises:
+        EngineMismatchError: there is none.
+    """
+    for target in trt.targets:
+        if target in manifest.targets:
+            return target
+    raise EngineMismatchError(
+        expected=f"graphs for {describe(trt, ANY_GPU)}: target {' or '.join(trt.targets)}",
+        found=f"a bundle for {', '.join(manifest.targets)}",
+        action=f"Export the checkpoint again with --target {trt.targets[0]}.",
+    )
+
+
+def vision_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
+    """One picture at a time."""
+    return (_profile(manifest.targets[target].vision_encoder, {}),)
+
+
+def decoder_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
+    """Decode, then prefill.
+
+    Decode has room for a second token that it never gets: a profile of single points makes the
+    builder specialise the engine, with a second copy of all weights. "capacity" is dynamic where the
+    runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
+    """
+    limits, num_image_tokens = manifest.limits, manifest.model.vision.num_image_tokens
+    capacity = limits.prefix + limits.new_tokens
+    decoder = manifest.targets[target].decoder
+    typical = min(num_image_tokens + _PROMPT_TOKENS, limits.prefix)
+    return (
+        _profile(decoder, {"sequence": (1, 1, 2), "capacity": (capacity,) * 3}),
+        _profile(decoder, {"sequence": (num_image_tokens + 1, typical, limits.prefix), "capacity": (1, 1, 1)}),
+    )
+
+
+def _profile(graph: Graph, sizes: dict[str, tuple[int, int, int]]) -> dict[str, Range]:
+    """Minimum, optimum and maximum of every input; `sizes` are those of named dimensions, batch is 1."""
+    sizes = {"batch": (1, 1, 1), **sizes}
+    return {
+        tensor.name: Range(
+            *(
+                tuple(sizes[size][place] if isinstance(size, str) else size for size in tensor.shape)
+                for place in range(3)
+            )
+        )
+        for tensor in graph.inputs
+    }
+
+
+def _first_flavour() -> TensorRt:
+    errors = []
+    for found in find_flavours():
+        if not isinstance(found, PaliEdgeError):
+            return found
+        errors.append(found)
+    raise errors[0]
+
+
+def _build_part(
+    bundle: Bundle, engine: Engine, part: str, staging: Path, workspace: int, on_progress: Progress
+) -> None:
+    target = bundle.manifest.targets[engine.target]
+    graph, plan = {
+        "vision_encoder": (target.vision_encoder, engine.vision_encoder),
+        "decoder": (target.decoder, engine.decoder),
+    }[part]
+    order = BuildOrder(
+        flavour=engine.flavour,
+        onnx=str(bundle.path(graph.file)),
+        plan=str(staging / plan.file),
+        timing_cache=str(staging / engine.timing_cache) if engine.timing_cache else None,
+        profiles=plan.profiles,
+        workspace=workspace,
+        parent=os.getpid(),
+    )
+    command = [sys.executable, "-m", "paliedge.plan_builder"]
+    failure = BuildEvent(error="that it ended without a word")
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(msgspec.json.encode(order))
+            child.stdin.close()
+            for line in child.stdout:
+                event = msgspec.json.decode(line, type=BuildEvent)
+                if event.progress is None:
+                    failure = event
+                else:
+                    on_progress(part, event.progress)
+            code = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        errors.seek(0)
+        noise = errors.read().decode(errors="replace").strip().splitlines()
+    if code:
+        raise _explain(part, code, failure, noise)
+
+
+def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> BuildError:
+    if code == -signal.SIGKILL:
+        found = "that the system killed it, as it does when memory runs out"
+        action = "See `paliedge plan` for what a build needs; close other programs or add swap."
+    elif code < 0:
+        found = f"that it crashed with {signal.Signals(-code).name}" + (f": {noise[-1]}" if noise else "")
+        action = "Report this with `paliedge doctor --json`; meanwhile use `--backend cpu`."
+    else:
+        found = failure.error or ""
+        if failure.action is None and noise:
+            found = f"{found}: {noise[-1]}"
+        action = failure.action or "Report this with `paliedge doctor --json`."
+    return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
+
+
+def _name_files(engine: Engine, staging: Path) -> Engine:
+    """Name each file after its part, what it is for, and its content: no two ever share a name."""
+    label = f"{engine.flavour}-{engine.version}-cc{engine.compute_capability}".replace("+", "-")
+
+    def rename(name: str) -> str:
+        digest = describe_file(staging / name).sha256[:12]
+        stem, suffix = name.split(".")
+        named = f"{stem}.{label}.{digest}.{suffix}"
+        (staging / name).rename(staging / named)
+        return named
+
+    has_timing = engine.timing_cache and (staging / engine.timing_cache).is_file()
+    return msgspec.structs.replace(
+        engine,
+        vision_encoder=msgspec.structs.replace(engine.vision_encoder, file=rename(engine.vision_encoder.file)),
+        decoder=msgspec.structs.replace(engine.decoder, file=rename(engine.decoder.file)),
+        timing_cache=rename(engine.timing_cache) if engine.timing_cache and has_timing else None,
+    )

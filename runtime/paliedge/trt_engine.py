@@ -1,0 +1,124 @@
+"""A plan loaded into TensorRT, and its execution contexts. Knows tensors by name, not what they mean."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paliedge.cuda import Stream
+from paliedge.errors import DeviceError, EngineMismatchError
+from paliedge.flavours import TensorRt, make_logger, quiet_deprecations
+from paliedge.manifest import Graph
+
+_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+
+
+class LoadedEngine:
+    """A deserialised plan. Its file's hash is checked before: a plan is executable code.
+
+    Args:
+        trt: the TensorRT that built it.
+        path: the plan.
+        graph: the graph it was built from, whose inputs and outputs it must have.
+
+    Raises:
+        EngineMismatchError: TensorRT refuses the plan, or it has other inputs and outputs.
+    """
+
+    def __init__(self, trt: TensorRt, path: Path, graph: Graph) -> None:
+        self._trt = trt
+        self._name = path.name
+        self._messages: list[str] = []
+        self._logger = make_logger(trt, self._messages)
+        with quiet_deprecations():
+            self._runtime = trt.module.Runtime(self._logger)
+            with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise self._mismatch(f"{trt.module.__name__} {trt.version} to load it", "; ".join(self._messages))
+        self._check_tensors(graph)
+
+    def close(self) -> None:
+        """Give its memory back; its contexts must be gone."""
+        self._engine = self._runtime = self._logger = None
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Outputs that must lie where an input lies, by that input's name; an older TensorRT knows none."""
+        if not hasattr(self._engine, "get_aliased_input_tensor"):
+            return {}
+        output = self._trt.module.TensorIOMode.OUTPUT
+        names = [name for name in self._tensor_names() if self._engine.get_tensor_mode(name) == output]
+        found = {name: self._engine.get_aliased_input_tensor(name) for name in names}
+        return {name: source for name, source in found.items() if source}
+
+    def scratch_bytes(self, profile: int) -> int:
+        """What a context of this profile needs for its activations."""
+        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
+
+    def new_context(self, profile: int, scratch: tuple[int, int], stream: Stream) -> Context:
+        """A context whose activations lie in `scratch`, an address and a size in bytes that others may share."""
+        strategy = self._trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        with quiet_deprecations():
+            context = self._engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, int(stream.handle)):
+            raise self._failed("an execution context")
+        context.set_device_memory(*scratch)
+        return Context(context, self._name, self._messages)
+
+    def _tensor_names(self) -> list[str]:
+        return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+
+    def _check_tensors(self, graph: Graph) -> None:
+        wanted = {tensor.name: _DTYPES[tensor.dtype] for tensor in (*graph.inputs, *graph.outputs)}
+        found = {name: self._engine.get_tensor_dtype(name).name for name in self._tensor_names()}
+        if wanted != found:
+            odd = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+            raise self._mismatch(f"the inputs and outputs of {graph.file}", f"a difference at '{odd}'")
+
+    def _mismatch(self, expected: str, found: str) -> EngineMismatchError:
+        return EngineMismatchError(
+            expected=f"{self._name}: {expected}", found=found, action="Build it again: `paliedge build BUNDLE --force`."
+        )
+
+    def _failed(self, expected: str) -> DeviceError:
+        return _failure(self._name, expected, self._messages)
+
+
+class Context:
+    """An execution context: shapes and addresses that stay, and a launch."""
+
+    def __init__(self, context: Any, name: str, messages: list[str]) -> None:
+        self._context = context
+        self._name = name
+        self._messages = messages
+
+    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Shapes of inputs; they must lie in the context's profile."""
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise _failure(self._name, f"input '{name}' of shape {list(shape)}", self._messages)
+
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Addresses of inputs and outputs."""
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise _failure(self._name, f"an address for '{name}'", self._messages)
+
+    def enqueue(self, stream: Stream) -> None:
+        """Put the work on the stream; returns at once."""
+        if not self._context.execute_async_v3(int(stream.handle)):
+            raise _failure(self._name, "to run", self._messages)
+
+    def close(self) -> None:
+        self._context = None
+
+
+def _failure(name: str, expected: str, messages: list[str]) -> DeviceError:
+    return DeviceError(
+        expected=f"{name}: {expected}",
+        found="; ".join(messages[-3:]) or "that TensorRT refuses, without a word",
+        action="Run `paliedge doctor`; build the engine again with `paliedge build BUNDLE --force`.",
+    )
