@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from paliedge.bundle import Bundle
 from paliedge.errors import BundleError
@@ -23,24 +25,47 @@ class GoldenReport(NamedTuple):
     num_ties: int
 
 
+@dataclass(frozen=True)
+class Golden:
+    """Every prompt on every image, and the exporting machine's answers.
+
+    Attributes:
+        images: [I, H, W, 3] uint8.
+        prompts: P of them.
+        token_ids: [I, P, T]; decoding went on past end-of-sequence.
+        log_probs: [I, P, T] float32.
+    """
+
+    images: npt.NDArray[np.uint8]
+    prompts: list[str]
+    token_ids: npt.NDArray[np.int64]
+    log_probs: npt.NDArray[np.float32]
+
+
+def load_golden(bundle: Bundle) -> Golden | None:
+    """The bundle's golden answers; None for a bundle without any."""
+    if bundle.manifest.golden is None:
+        return None
+    with np.load(bundle.path(bundle.manifest.golden), allow_pickle=False) as file:
+        return Golden(file["images"], file["prompts"].tolist(), file["token_ids"], file["log_probs"])
+
+
 def verify_golden(bundle: Bundle, model: PaliGemma) -> GoldenReport | None:
     """Answer the bundle's golden prompts; None for a bundle without any.
 
     Raises:
         BundleError: an answer differs by more than a tie.
     """
-    if bundle.manifest.golden is None:
+    golden = load_golden(bundle)
+    if golden is None:
         return None
     num_answers = num_equal = num_ties = 0
     eos = bundle.manifest.tokens.eos
-    with np.load(bundle.path(bundle.manifest.golden), allow_pickle=False) as golden:
-        images, prompts = golden["images"], golden["prompts"].tolist()
-        token_ids, log_probs = golden["token_ids"], golden["log_probs"]
-    for image_index, image in enumerate(images):
+    for image_index, image in enumerate(golden.images):
         encoded = model.encode(image)
-        for prompt_index, prompt in enumerate(prompts):
-            expected = token_ids[image_index, prompt_index].tolist()
-            scores = log_probs[image_index, prompt_index].tolist()
+        for prompt_index, prompt in enumerate(golden.prompts):
+            expected = golden.token_ids[image_index, prompt_index].tolist()
+            scores = golden.log_probs[image_index, prompt_index].tolist()
             answer = model.generate(encoded, prompt, max_new_tokens=len(expected))
             num_answers += 1
             if _until(eos, expected) == list(answer.token_ids):
@@ -51,7 +76,7 @@ def verify_golden(bundle: Bundle, model: PaliGemma) -> GoldenReport | None:
                 raise BundleError(
                     expected=f"the answer to '{prompt}' that was exported with the bundle",
                     found=f"tokens {list(answer.token_ids)} instead of {_until(eos, expected)}",
-                    action="Report this machine, its onnxruntime version and `paliedge info`.",
+                    action="Report this with `paliedge doctor --json` and `paliedge info`.",
                 )
     return GoldenReport(num_answers, num_equal, num_ties)
 

@@ -96,6 +96,11 @@ class PaliGemma:
         opened = Bundle(Path(bundle))
         return cls(opened, open_session(opened, options, report))
 
+    @property
+    def has_device_clock(self) -> bool:
+        """Whether the engine times its own work; then it runs on a GPU, by a CUDA graph or without."""
+        return self._session.has_device_clock
+
     def close(self) -> None:
         """Give back what the engine holds; for a GPU whose memory others want. Nothing works afterwards."""
         self._idle_caches.clear()

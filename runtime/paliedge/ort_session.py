@@ -85,6 +85,8 @@ class OrtSession:
         EngineMismatchError: the target or the provider is not there.
     """
 
+    has_device_clock = False
+
     def __init__(
         self, bundle: Bundle, target: str = "cpu", num_threads: int = 0, provider: Literal["cpu", "cuda"] = "cpu"
     ) -> None:

@@ -25,7 +25,13 @@ FeaturesT = TypeVar("FeaturesT")
 
 
 class Session(Protocol[CacheT, FeaturesT]):
-    """A vision encoder and a decoder, ready to run. Safe to share between threads; a cache is not."""
+    """A vision encoder and a decoder, ready to run. Safe to share between threads; a cache is not.
+
+    Attributes:
+        has_device_clock: steps carry `device_ms`.
+    """
+
+    has_device_clock: bool
 
     def encode_image(self, pixel_values: FloatArray) -> FeaturesT:
         """pixel_values [1, 3, S, S] -> image_features, which stay where the decoder wants them.

@@ -57,6 +57,8 @@ class TrtSession:
         EngineMismatchError: TensorRT refuses a plan.
     """
 
+    has_device_clock = True
+
     def __init__(
         self,
         bundle: Bundle,

@@ -30,6 +30,7 @@ class ScriptedSession:
     tokens: list[int]
     calls: list[tuple[str, IdRange]] = field(default_factory=list)
     caches: list[ScriptedCache] = field(default_factory=list)
+    has_device_clock: bool = False
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
         raise AssertionError("the decode loop knows no images")

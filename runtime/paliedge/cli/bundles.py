@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from paliedge.cli.predict import backend_options, load_model, model_options, print_answer, save_picture
+from paliedge.cli.options import backend_options, bundle_argument, json_option, load_model, model_options
+from paliedge.cli.predict import print_answer, save_picture
 
 if TYPE_CHECKING:
     from paliedge.backends import BackendOptions
+    from paliedge.selfcheck import RunReport
 
-_json_option = click.option(
-    "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="The answer as JSON."
-)
-_bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
 DEMO_SCENES = Path(__file__).parents[1] / "scenes"
 
 
 @click.command()
-@_bundle_argument
-@_json_option
+@bundle_argument
+@json_option("The answer as JSON.")
 def info(bundle: Path | None, as_json: bool) -> None:
     """Say what a bundle holds; without BUNDLE, the shipped one."""
     import msgspec
@@ -67,29 +65,55 @@ def info(bundle: Path | None, as_json: bool) -> None:
 
 
 @click.command()
-@_bundle_argument
+@bundle_argument
+@click.option(
+    "--run",
+    is_flag=True,
+    envvar="PALIEDGE_RUN",
+    show_envvar=True,
+    help="Also compare with and without a CUDA graph, and decode a thousand tokens to see that memory stays.",
+)
 @backend_options
-@_json_option
-def verify(bundle: Path | None, options: BackendOptions, as_json: bool) -> None:
+@json_option("The answer as JSON.")
+def verify(bundle: Path | None, run: bool, options: BackendOptions, as_json: bool) -> None:
     """Read every file of a bundle again, then let this machine repeat its golden answers."""
     from paliedge.bundle import Bundle
     from paliedge.golden import verify_golden
     from paliedge.model import SHIPPED_BUNDLE
+    from paliedge.selfcheck import check_run
 
     opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
     opened.verify_hashes()
-    report = verify_golden(opened, load_model(opened.folder, options))
-    golden = report._asdict() if report else None
+    checked = check_run(opened, options) if run else None
+    golden = checked.golden if checked else verify_golden(opened, load_model(opened.folder, options))
     if as_json:
+        report = {"bundle": str(opened.folder), "num_files": len(opened.manifest.files)}
         click.echo(
-            json.dumps({"bundle": str(opened.folder), "num_files": len(opened.manifest.files), "golden": golden})
+            json.dumps(
+                report | {"golden": golden._asdict() if golden else None, "run": checked.to_dict() if checked else None}
+            )
         )
         return
     click.echo(f"{opened.folder}: {len(opened.manifest.files)} files as exported")
-    if report:
-        click.echo(f"{report.num_equal} of {report.num_answers} golden answers equal, {report.num_ties} left at a tie")
+    if golden:
+        click.echo(f"{golden.num_equal} of {golden.num_answers} golden answers equal, {golden.num_ties} left at a tie")
     else:
         click.echo("this bundle has no golden answers")
+    if checked:
+        _print_run(checked)
+
+
+def _print_run(checked: RunReport) -> None:
+    click.echo(checked.backend)
+    if checked.graph_equal:
+        click.echo("the same answers with a CUDA graph as without")
+    growth = f"{checked.host_growth} bytes on the host"
+    if checked.gpu_growth is not None:
+        growth += f", {checked.gpu_growth} on the GPU"
+    click.echo(f"{checked.num_decodes} decode steps: memory grew by {growth}")
+    click.echo(
+        f"median ms: vision {checked.vision_ms:.2f}, prefill {checked.prefill_ms:.2f}, a token {checked.decode_ms:.2f}"
+    )
 
 
 @click.command()
@@ -103,9 +127,7 @@ def verify(bundle: Path | None, options: BackendOptions, as_json: bool) -> None:
     show_envvar=True,
     help="Folder for annotated pictures.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="Answers as JSON lines."
-)
+@json_option("Answers as JSON lines.")
 def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool) -> None:
     """Detect, caption, count and read on the sample scenes that ship with paliedge."""
     from paliedge.images import load_image

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paliedge.cli.options import bundle_argument, json_option
 from paliedge.devices import DEVICES, TARGET_NAMES
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _RESIDENCY = {"both": "both engines", "sequential": "one engine at a time", "non
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
+@bundle_argument
 @click.option(
     "--device",
     type=click.Choice(list(DEVICES)),
@@ -48,7 +49,7 @@ _RESIDENCY = {"both": "both engines", "sequential": "one engine at a time", "non
     show_envvar=True,
     help="Length of the answer; an object takes five or more.",
 )
-@click.option("--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="The plans as JSON.")
+@json_option("The plans as JSON.")
 def plan(bundle: Path | None, device: str | None, prompt_tokens: int, new_tokens: int, as_json: bool) -> None:
     """Say what a bundle needs and reaches on a device; without BUNDLE, the shipped one.
 

@@ -6,98 +6,27 @@ import glob
 import json
 import sys
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from paliedge.cli.options import Verb, json_option, load_model, model_options
 from paliedge.errors import ImageError, OutputError, PaliEdgeError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from paliedge.backends import Backend, BackendOptions, OnMismatch
+    from paliedge.backends import BackendOptions
     from paliedge.model import PaliGemma
     from paliedge.results import Generation
 
     _Answer = Callable[[PaliGemma, Path], Generation]
 
 SOME_FAILED = 6
-_Verb = TypeVar("_Verb", bound=Callable[..., None])
 
 
-def backend_options(verb: _Verb) -> _Verb:
-    """`--backend` and its like, which the verb gets as `options`, a BackendOptions."""
-
-    @wraps(verb)
-    def collect(
-        threads: int, backend: Backend, on_mismatch: OnMismatch, sequential: bool, cuda_graph: bool, **rest: Any
-    ) -> None:
-        from paliedge.backends import BackendOptions
-
-        verb(options=BackendOptions(backend, on_mismatch, threads, cuda_graph, sequential), **rest)
-
-    for option in (
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "tensorrt", "rtx", "cuda", "cpu"]),
-            default="auto",
-            show_default=True,
-            envvar="PALIEDGE_BACKEND",
-            show_envvar=True,
-            help="What runs the model; auto takes the first that works.",
-        ),
-        click.option(
-            "--on-mismatch",
-            type=click.Choice(["error", "rebuild", "fallback"]),
-            default="error",
-            show_default=True,
-            envvar="PALIEDGE_ON_MISMATCH",
-            show_envvar=True,
-            help="If the bundle's engines are for another TensorRT or GPU; fallback is ONNX Runtime.",
-        ),
-        click.option(
-            "--sequential",
-            is_flag=True,
-            envvar="PALIEDGE_SEQUENTIAL",
-            show_envvar=True,
-            help="Keep one TensorRT engine in memory at a time; see `paliedge plan`.",
-        ),
-        click.option(
-            "--cuda-graph/--no-cuda-graph",
-            default=True,
-            envvar="PALIEDGE_CUDA_GRAPH",
-            show_envvar=True,
-            help="Replay each decode step as one CUDA graph.",
-        ),
-        click.option(
-            "--threads",
-            type=click.IntRange(0),
-            default=0,
-            envvar="PALIEDGE_THREADS",
-            show_envvar=True,
-            help="Threads of ONNX Runtime's operators; 0 takes every core.",
-        ),
-    ):
-        collect = option(collect)
-    return collect  # type: ignore[return-value]  # click has put its options on it
-
-
-def model_options(verb: _Verb) -> _Verb:
-    """`-m` and the backend's options."""
-    return click.option(
-        "-m",
-        "--model",
-        "bundle",
-        type=click.Path(path_type=Path),
-        envvar="PALIEDGE_MODEL",
-        show_envvar=True,
-        help="Bundle folder; without it the shipped shapes model.",
-    )(backend_options(verb))
-
-
-def _answer_options(verb: _Verb) -> _Verb:
+def _answer_options(verb: Verb) -> Verb:
     verb = model_options(verb)
     verb = click.option(
         "--save",
@@ -113,9 +42,7 @@ def _answer_options(verb: _Verb) -> _Verb:
         show_envvar=True,
         help="Stop after this many tokens; the bundle's limit unless given.",
     )(verb)
-    return click.option(
-        "--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="One JSON object a picture."
-    )(verb)
+    return json_option("One JSON object a picture.")(verb)
 
 
 _lang_option = click.option(
@@ -172,15 +99,6 @@ def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -
 
 
 VERBS = (detect, caption, ask, ocr, predict)
-
-
-def load_model(bundle: Path | None, options: BackendOptions) -> PaliGemma:
-    """The bundle's model; says which, if it is the shipped one, and what runs it."""
-    from paliedge.model import SHIPPED_BUNDLE, PaliGemma
-
-    if bundle is None:
-        click.echo("no -m BUNDLE given: using the shapes model that ships with paliedge", err=True)
-    return PaliGemma.load(bundle or SHIPPED_BUNDLE, options, report=lambda line: click.echo(line, err=True))
 
 
 def find_sources(source: str) -> list[Path]:

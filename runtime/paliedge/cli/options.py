@@ -1,0 +1,101 @@
+"""Options that several verbs share. Imports nothing heavy, so that `--help` stays fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from paliedge.backends import Backend, BackendOptions, OnMismatch
+    from paliedge.model import PaliGemma
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
+
+
+def json_option(help_text: str) -> Callable[[Verb], Verb]:
+    """`--json`, which the verb gets as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help=help_text)
+
+
+def backend_options(verb: Verb) -> Verb:
+    """`--backend` and its like, which the verb gets as `options`, a BackendOptions."""
+
+    @wraps(verb)
+    def collect(
+        threads: int, backend: Backend, on_mismatch: OnMismatch, sequential: bool, cuda_graph: bool, **rest: Any
+    ) -> None:
+        from paliedge.backends import BackendOptions
+
+        verb(options=BackendOptions(backend, on_mismatch, threads, cuda_graph, sequential), **rest)
+
+    for option in (
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "tensorrt", "rtx", "cuda", "cpu"]),
+            default="auto",
+            show_default=True,
+            envvar="PALIEDGE_BACKEND",
+            show_envvar=True,
+            help="What runs the model; auto takes the first that works.",
+        ),
+        click.option(
+            "--on-mismatch",
+            type=click.Choice(["error", "rebuild", "fallback"]),
+            default="error",
+            show_default=True,
+            envvar="PALIEDGE_ON_MISMATCH",
+            show_envvar=True,
+            help="If the bundle's engines are for another TensorRT or GPU; fallback is ONNX Runtime.",
+        ),
+        click.option(
+            "--sequential",
+            is_flag=True,
+            envvar="PALIEDGE_SEQUENTIAL",
+            show_envvar=True,
+            help="Keep one TensorRT engine in memory at a time; see `paliedge plan`.",
+        ),
+        click.option(
+            "--cuda-graph/--no-cuda-graph",
+            default=True,
+            envvar="PALIEDGE_CUDA_GRAPH",
+            show_envvar=True,
+            help="Replay each decode step as one CUDA graph.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(0),
+            default=0,
+            envvar="PALIEDGE_THREADS",
+            show_envvar=True,
+            help="Threads of ONNX Runtime's operators; 0 takes every core.",
+        ),
+    ):
+        collect = option(collect)
+    return collect  # type: ignore[return-value]  # click has put its options on it
+
+
+def model_options(verb: Verb) -> Verb:
+    """`-m` and the backend's options."""
+    return click.option(
+        "-m",
+        "--model",
+        "bundle",
+        type=click.Path(path_type=Path),
+        envvar="PALIEDGE_MODEL",
+        show_envvar=True,
+        help="Bundle folder; without it the shipped shapes model.",
+    )(backend_options(verb))
+
+
+def load_model(bundle: Path | None, options: BackendOptions) -> PaliGemma:
+    """The bundle's model; says which, if it is the shipped one, and what runs it."""
+    from paliedge.model import SHIPPED_BUNDLE, PaliGemma
+
+    if bundle is None:
+        click.echo("no -m BUNDLE given: using the shapes model that ships with paliedge", err=True)
+    return PaliGemma.load(bundle or SHIPPED_BUNDLE, options, report=lambda line: click.echo(line, err=True))
