@@ -34,6 +34,7 @@ def make_tiny(
     num_kv_heads: int = 1,
     head_dim: int = 16,
     hidden_size: int = 48,
+    intermediate_size: int = 96,
     num_layers: int = 3,
     image_size: int = IMAGE_SIZE,
     dtype: torch.dtype = torch.float32,
@@ -51,7 +52,7 @@ def make_tiny(
     text = text_class(
         vocab_size=rows,
         hidden_size=hidden_size,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,

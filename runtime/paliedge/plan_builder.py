@@ -66,7 +66,8 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     network = builder.create_network(trt.network_flags())
     parser = trt.module.OnnxParser(network, logger)
     if not parser.parse_from_file(order.onnx):
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = [f"{error.node_operator()} at node '{error.node_name()}': {error.desc()}" for error in errors]
         raise _failed(trt, f"a graph that its parser refuses, {Path(order.onnx).name}", reasons, _REPORT)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.module.MemoryPoolType.WORKSPACE, order.workspace)
