@@ -7,12 +7,14 @@ both are done. Knows TensorRT by its version only; the child does the rest.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -20,7 +22,7 @@ from paliedge.bundle import Bundle, describe_file
 from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours, load_flavour
 from paliedge.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
-from paliedge.plan_builder import BuildEvent, BuildOrder
+from paliedge.plan_builder import BuildCost, BuildEvent, BuildOrder
 from paliedge.planning import available_memory, check_build_memory
 from paliedge.publish import engine_staging, publish_engine, wait_for_folder
 
@@ -29,6 +31,8 @@ DEFAULT_WORKSPACE = 1 << 30
 _PROMPT_TOKENS = 16
 """Of the prompt that prefill is tuned for."""
 
+Part = Literal["vision_encoder", "decoder"]
+PARTS: tuple[Part, ...] = ("vision_encoder", "decoder")
 Report = Callable[[str], None]
 Progress = Callable[[str, float], None]
 
@@ -84,9 +88,11 @@ def build_engine(
             timing_cache=None if trt.compiles_on_device else "engine.timing",
         )
         with engine_staging(folder) as staging:
-            for part in ("vision_encoder", "decoder"):
+            _take_timing_cache(bundle, engine, staging)
+            for part in PARTS:
                 report(f"building {part} for {describe(trt, capability)} from {target}'s graphs")
-                _build_part(bundle, engine, part, staging, workspace, on_progress)
+                cost = run_order(part, make_order(bundle, engine, part, staging, workspace), on_progress)
+                report(f"built {part} in {cost.seconds:.0f} s, {cost.peak_memory / 1e9:.1f} GB of memory at its peak")
             engine = _name_files(engine, staging)
             publish_engine(folder, bundle.manifest, staging, engine)
     return engine
@@ -177,15 +183,14 @@ def _first_flavour() -> TensorRt:
     raise errors[0]
 
 
-def _build_part(
-    bundle: Bundle, engine: Engine, part: str, staging: Path, workspace: int, on_progress: Progress
-) -> None:
+def make_order(bundle: Bundle, engine: Engine, part: Part, staging: Path, workspace: int) -> BuildOrder:
+    """What the child process is told: to build one of the engine's plans into `staging`."""
     target = bundle.manifest.targets[engine.target]
     graph, plan = {
         "vision_encoder": (target.vision_encoder, engine.vision_encoder),
         "decoder": (target.decoder, engine.decoder),
     }[part]
-    order = BuildOrder(
+    return BuildOrder(
         flavour=engine.flavour,
         onnx=str(bundle.path(graph.file)),
         plan=str(staging / plan.file),
@@ -194,8 +199,16 @@ def _build_part(
         workspace=workspace,
         parent=os.getpid(),
     )
+
+
+def run_order(part: Part, order: BuildOrder, on_progress: Progress) -> BuildCost:
+    """Build a plan in a child process, and end that process with this one.
+
+    Raises:
+        BuildError: the child said why it failed, or died.
+    """
     command = [sys.executable, "-m", "paliedge.plan_builder"]
-    failure = BuildEvent(error="that it ended without a word")
+    last = BuildEvent(error="that it ended without a word")
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as child,
@@ -208,7 +221,7 @@ def _build_part(
             for line in child.stdout:
                 event = msgspec.json.decode(line, type=BuildEvent)
                 if event.progress is None:
-                    failure = event
+                    last = event
                 else:
                     on_progress(part, event.progress)
             code = child.wait()
@@ -217,8 +230,9 @@ def _build_part(
             raise
         errors.seek(0)
         noise = errors.read().decode(errors="replace").strip().splitlines()
-    if code:
-        raise _explain(part, code, failure, noise)
+    if code or last.cost is None:
+        raise _explain(part, code, last, noise)
+    return last.cost
 
 
 def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> BuildError:
@@ -234,6 +248,14 @@ def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> Bui
             found = f"{found}: {noise[-1]}"
         action = failure.action or "Report this with `paliedge doctor --json`."
     return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
+
+
+def _take_timing_cache(bundle: Bundle, engine: Engine, staging: Path) -> None:
+    """Start from what an earlier build of this flavour measured; TensorRT looks whether it fits."""
+    for older in reversed(bundle.manifest.engines):
+        if engine.timing_cache and older.timing_cache and older.flavour == engine.flavour:
+            shutil.copyfile(bundle.path(older.timing_cache), staging / engine.timing_cache)
+            return
 
 
 def _name_files(engine: Engine, staging: Path) -> Engine:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,18 @@ class BuildOrder(msgspec.Struct, frozen=True, kw_only=True):
     parent: int
 
 
+class BuildCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build took: seconds, and the bytes of memory that were resident at its peak."""
+
+    seconds: float
+    peak_memory: int
+
+
 class BuildEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """What the child says: how far it is, from 0 to 1, or why it failed."""
+    """What the child says: how far it is, from 0 to 1; at the end what it took, or why it failed."""
 
     progress: float | None = None
+    cost: BuildCost | None = None
     error: str | None = None
     action: str | None = None
 
@@ -154,12 +164,15 @@ def main() -> None:
         sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
         sys.stdout.buffer.flush()
 
+    started = time.perf_counter()
     try:
         with quiet_deprecations():
             build_plan(order, lambda progress: say(BuildEvent(progress=progress)))
     except PaliEdgeError as error:
         say(BuildEvent(error=error.found, action=error.action))
         raise SystemExit(1) from None
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say(BuildEvent(cost=BuildCost(seconds=time.perf_counter() - started, peak_memory=peak_memory)))
 
 
 if __name__ == "__main__":
