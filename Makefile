@@ -2,10 +2,13 @@
 PYTHON ?= python3
 DEMO := .venv/demo
 TEST := .venv/test
+GPU := .venv/gpu
+SYSTEM ?=
+GPU_EXTRAS ?= gpu,tensorrt
 # torch's plain name brings gigabytes of CUDA packages on x86; this version has a CPU build on its own index too.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint types architecture ci clean
+.PHONY: demo test test-gpu lint types architecture ci clean
 
 demo: $(DEMO)/ready
 	@$(DEMO)/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes --no-compare
@@ -13,6 +16,11 @@ demo: $(DEMO)/ready
 
 test: $(TEST)/ready
 	$(TEST)/bin/python -m pytest
+
+# Needs an NVIDIA GPU. SYSTEM=--system-site-packages lets the environment see JetPack's TensorRT;
+# GPU_EXTRAS=cpu,tensorrt is for Python 3.10, which has no onnxruntime-gpu; GPU_EXTRAS=gpu,rtx for desktops.
+test-gpu: $(GPU)/ready
+	$(GPU)/bin/python -m pytest tests/gpu
 
 lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .
@@ -35,6 +43,12 @@ $(TEST)/ready: pyproject.toml
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export,reference,eval,rtx,dev]"
+	touch $@
+
+$(GPU)/ready: pyproject.toml
+	$(PYTHON) -m venv $(SYSTEM) $(GPU)
+	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(GPU_EXTRAS),export,reference,eval,dev]"
 	touch $@
 
 clean:
