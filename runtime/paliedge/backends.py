@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from paliedge.building import build_engine, describe, describe_gpu, find_engine
@@ -105,7 +106,7 @@ def _open(backend: Backend, bundle: Bundle, options: BackendOptions, report: Rep
     provider: Literal["cpu", "cuda"] = "cuda" if backend == "cuda" else "cpu"
     from paliedge.ort_session import OrtSession
 
-    session = OrtSession(bundle, _ort_target(bundle), options.num_threads, provider)
+    session = OrtSession(bundle, find_ort_target(bundle.folder, bundle.manifest), options.num_threads, provider)
     return session, "ONNX Runtime on the CPU" if provider == "cpu" else "ONNX Runtime with CUDA"
 
 
@@ -147,13 +148,18 @@ def _other_engine(bundle: Bundle, trt: TensorRt, capability: str) -> _OtherEngin
     )
 
 
-def _ort_target(bundle: Bundle) -> str:
+def find_ort_target(folder: Path, manifest: Manifest) -> str:
+    """The target whose graphs ONNX Runtime is given.
+
+    Raises:
+        EngineMismatchError: there is none that it has kernels for.
+    """
     for name in _ORT_TARGETS:
-        target = bundle.manifest.targets.get(name)
+        target = manifest.targets.get(name)
         if target and target.precision != "bf16":
             return name
     raise EngineMismatchError(
-        expected=f"fp32 or fp16 graphs in {bundle.folder}",
+        expected=f"fp32 or fp16 graphs in {folder}",
         found="bf16 ones only, for which ONNX Runtime's CPU provider has no matrix product",
         action="Export the checkpoint again with --target cpu, or run it with TensorRT.",
     )

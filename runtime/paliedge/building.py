@@ -14,16 +14,19 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from paliedge.cuda import GpuInfo
 
 from paliedge.bundle import Bundle, describe_file
 from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours, load_flavour
 from paliedge.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
 from paliedge.plan_builder import BuildCost, BuildEvent, BuildOrder
-from paliedge.planning import available_memory, check_build_memory
+from paliedge.planning import available_memory, check_build_memory, check_run_memory
 from paliedge.publish import engine_staging, publish_engine, wait_for_folder
 
 DEFAULT_WORKSPACE = 1 << 30
@@ -76,6 +79,7 @@ def build_engine(
             return existing
         target = choose_target(bundle.manifest, trt)
         check_build_memory(bundle.manifest, target, sum(available_memory()))
+        _check_that_it_will_run(bundle.manifest)
         engine = Engine(
             target=target,
             flavour=trt.flavour,
@@ -104,14 +108,33 @@ def describe(trt: TensorRt, capability: str) -> str:
     return f"{name} {trt.version}" + ("" if capability == ANY_GPU else f" on compute capability {capability}")
 
 
+def probe_gpu() -> GpuInfo | PaliEdgeError:
+    """The GPU, or why there is none."""
+    try:
+        from paliedge.cuda import gpu_info
+
+        return gpu_info()
+    except PaliEdgeError as error:
+        return error
+
+
 def describe_gpu(trt: TensorRt) -> tuple[str, str]:
-    """Compute capability and name of the GPU that plans will be good for."""
+    """Compute capability and name of the GPU that plans will be good for.
+
+    Raises:
+        MissingExtraError, DeviceError: it needs a GPU, and there is none to ask.
+    """
     if trt.compiles_on_device:
         return ANY_GPU, "any"
-    from paliedge.cuda import gpu_info
+    gpu = probe_gpu()
+    if isinstance(gpu, PaliEdgeError):
+        raise gpu
+    return gpu.compute_capability, gpu.name
 
-    info = gpu_info()
-    return info.compute_capability, info.name
+
+def engine_for(manifest: Manifest, trt: TensorRt) -> Engine | None:
+    """The bundle's engine that this TensorRT can run on this machine's GPU."""
+    return find_engine(manifest, trt, describe_gpu(trt)[0])
 
 
 def find_engine(manifest: Manifest, trt: TensorRt, capability: str) -> Engine | None:
@@ -248,6 +271,13 @@ def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> Bui
             found = f"{found}: {noise[-1]}"
         action = failure.action or "Report this with `paliedge doctor --json`."
     return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
+
+
+def _check_that_it_will_run(manifest: Manifest) -> None:
+    """Nothing to say without a GPU: the engines are for another machine then."""
+    gpu = probe_gpu()
+    if not isinstance(gpu, PaliEdgeError):
+        check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.total_memory)
 
 
 def _take_timing_cache(bundle: Bundle, engine: Engine, staging: Path) -> None:

@@ -42,6 +42,11 @@ class GpuInfo:
     free_memory: int
     total_memory: int
 
+    def __str__(self) -> str:
+        kind = "integrated, " if self.integrated else ""
+        sizes = f"{self.free_memory / 1e9:.1f} of {self.total_memory / 1e9:.1f} GB free"
+        return f"{self.name}, {kind}compute capability {self.compute_capability}, {sizes}"
+
 
 def gpu_info() -> GpuInfo:
     """Describe the first GPU.

@@ -14,6 +14,8 @@ from paliedge.errors import BundleError, EngineMismatchError, MissingExtraError
 from paliedge.manifest import Target
 from paliedge.session import FloatArray, IdRange, Step
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+"""Wheels from 1.29 on write a device id into the user's cache and look for a server. Not from a robot."""
 try:
     import onnxruntime as ort
 except ModuleNotFoundError:
@@ -147,6 +149,12 @@ class OrtSession:
             cache.buffers[name][:, :, cache.length] = rows[:, :, 0]
         cache.length += 1
         return Step(int(cache.next_token[0]), float(cache.log_prob[0]))
+
+
+def available_providers() -> list[str]:
+    """What this build of ONNX Runtime could run on, whether or not the hardware is there."""
+    providers: list[str] = ort.get_available_providers()
+    return providers
 
 
 def _present(past: str) -> str:

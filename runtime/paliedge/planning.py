@@ -286,6 +286,42 @@ def check_build_memory(manifest: Manifest, target_name: str, available_bytes: in
         )
 
 
+def check_run_memory(manifest: Manifest, room_bytes: int) -> None:
+    """Refuse a bundle whose engines cannot run, not even one at a time.
+
+    Args:
+        manifest: of an opened bundle.
+        room_bytes: memory that the GPU can have; swap does not count.
+
+    Raises:
+        ResourceError: with the figures, and what would fit.
+    """
+    parameters = count_parameters(manifest)
+    needed = estimate_memory(manifest, parameters, SCHEMES[0])
+    if needed.sequential <= room_bytes:
+        return
+    fitting = [scheme for scheme in SCHEMES if estimate_memory(manifest, parameters, scheme).sequential <= room_bytes]
+    advice = [f"Close other programs, or take a larger device: {_and(_boards_with(needed.sequential))}."]
+    if fitting:
+        advice.append(_in_precision(fitting[0], estimate_memory(manifest, parameters, fitting[0]).sequential, "it"))
+    raise ResourceError(
+        expected=f"{_gb(needed.sequential)} of memory to run {manifest.producer.checkpoint} in 16 bits, "
+        f"one engine at a time ({_gb(needed.both)} with both)",
+        found=f"{_gb(room_bytes)} free",
+        action=" ".join(advice),
+    )
+
+
+def _boards_with(num_bytes: int) -> tuple[str, ...]:
+    return tuple(device.name for device in DEVICES.values() if device.usable_bytes >= num_bytes)
+
+
+def _in_precision(scheme: Scheme, num_bytes: int, what: str) -> str:
+    exported = scheme.name in EXPORTED_PRECISIONS
+    unless = "" if exported else f", which this version does not export (only {_and(EXPORTED_PRECISIONS)})"
+    return f"In {scheme.name} {what} takes {_gb(num_bytes)}{unless}."
+
+
 def _graph_bytes(manifest: Manifest, graph: Graph) -> int:
     return sum(manifest.files[name].size for name in graph.weights)
 
@@ -297,9 +333,7 @@ def _what_would_fit(manifest: Manifest, target_name: str, peak: int, available_b
     for scheme in SCHEMES:
         smaller = estimate_memory(manifest, parameters, scheme).build_peak
         if smaller <= available_bytes:
-            exported = scheme.name in EXPORTED_PRECISIONS
-            unless = "" if exported else f", which this version does not export (only {_and(EXPORTED_PRECISIONS)})"
-            advice.append(f"In {scheme.name} a build takes {_gb(smaller)}{unless}.")
+            advice.append(_in_precision(scheme, smaller, "a build"))
             break
     boards = [device for device in DEVICES.values() if device.unified and target_name in device.targets]
     larger = next((board for board in boards if board.usable_bytes >= peak), None)

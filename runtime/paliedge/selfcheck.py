@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from paliedge.backends import BackendOptions
+from paliedge.building import probe_gpu
 from paliedge.bundle import Bundle
 from paliedge.errors import DeviceError, PaliEdgeError
 from paliedge.golden import GoldenReport, load_golden, verify_golden
@@ -152,10 +153,5 @@ def _memory_in_use() -> tuple[int, int | None]:
 
 
 def _gpu_memory_in_use() -> int | None:
-    try:
-        from paliedge.cuda import gpu_info
-
-        info = gpu_info()
-    except PaliEdgeError:
-        return None
-    return info.total_memory - info.free_memory
+    gpu = probe_gpu()
+    return None if isinstance(gpu, PaliEdgeError) else gpu.total_memory - gpu.free_memory
