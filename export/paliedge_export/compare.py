@@ -15,13 +15,13 @@ from PIL import Image
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import PrecisionError
-from paliedge.manifest import Comparison, Target
+from paliedge.manifest import Comparison
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
 
-LIMITS = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 3e-1}
+LIMITS = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 """Largest error of image features (relative to the largest one) and of log-probabilities (in nats)."""
 
 
@@ -104,10 +104,3 @@ def check_comparison(comparison: Comparison, precision: str) -> None:
             f"log-probabilities by {comparison.log_prob_error:.2g}, {comparison.token_match:.1%} of tokens equal",
             action="Nothing was published. Export with --precision fp32, and report this.",
         )
-
-
-def find_obstacle(target: Target) -> str:
-    """Why ONNX Runtime's CPU provider cannot run the target's graphs; empty where it can."""
-    if target.precision == "bf16":
-        return "ONNX Runtime's CPU provider has no bfloat16 matrix product"
-    return ""

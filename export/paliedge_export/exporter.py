@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from paliedge.manifest import (
     write_manifest,
 )
 from paliedge.publish import publish_bundle
+from paliedge_export.bfloat16 import emulated
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
-from paliedge_export.compare import check_comparison, compare_with_golden, find_obstacle, make_golden
+from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.decoder import add_decoder
 from paliedge_export.golden import GOLDEN, Golden, write_golden
@@ -72,7 +74,8 @@ def export_bundle(
 
     All targets have one precision and so one set of weights: fp32 for `cpu` alone, fp16 for others,
     unless told. The last step runs every target's graphs with ONNX Runtime against a reference:
-    transformers for fp32 where torch is installed, the fp32 graphs for any other precision. The
+    transformers for fp32 where torch is installed, the fp32 graphs for any other precision (bf16 is
+    emulated, ONNX Runtime has no kernels for it on a CPU). The
     manifest that it returns says what was measured, and what was not compared and why. `report`
     gets a line a stage.
 
@@ -161,22 +164,22 @@ def _reference_golden(
 
 def _compare_targets(staging: Path, manifest: Manifest, golden: Golden | None, report: Report) -> Manifest:
     """Compare each target; those with the same graphs share one comparison."""
+    if golden is None:
+        reason = "there was nothing to compare with: torch is not installed"
+        return msgspec.structs.replace(manifest, not_compared=dict.fromkeys(manifest.targets, reason))
     comparisons: dict[str, Comparison] = {}
-    not_compared: dict[str, str] = {}
     done: dict[tuple[str, str], str] = {}
     for name, target in manifest.targets.items():
         files = (target.vision_encoder.file, target.decoder.file)
-        obstacle = find_obstacle(target) if golden else "there was nothing to compare with: torch is not installed"
-        if obstacle or golden is None:
-            not_compared[name] = obstacle
-        elif files in done:
+        if files in done:
             comparisons[name] = comparisons[done[files]]
-        else:
-            report(f"comparing {name} with {golden.reference}")
+            continue
+        report(f"comparing {name} with {golden.reference}")
+        with emulated(staging, manifest, name) if target.precision == "bf16" else nullcontext():
             comparisons[name] = compare_with_golden(staging, golden, name)
-            check_comparison(comparisons[name], target.precision)
-            done[files] = name
-    return msgspec.structs.replace(manifest, comparisons=comparisons, not_compared=not_compared)
+        check_comparison(comparisons[name], target.precision)
+        done[files] = name
+    return msgspec.structs.replace(manifest, comparisons=comparisons)
 
 
 def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, order: _Order) -> Manifest:
@@ -241,9 +244,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != MANIFEST and path.name not in files:
             files[path.name] = describe_file(path)
-    manifest = msgspec.structs.replace(manifest, files=files)
-    write_manifest(folder, manifest)
-    return manifest
+    return write_manifest(folder, msgspec.structs.replace(manifest, files=files))
 
 
 def _write_graph(

@@ -219,8 +219,8 @@ class Manifest(_Strict, frozen=True):
     sha256: Sha256 | Literal[""] = ""
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `bundle.json`, the last file of a bundle, in one step."""
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `bundle.json`, the last file of a bundle, in one step; returns it with its digest."""
     manifest = msgspec.structs.replace(manifest, sha256=manifest_digest(manifest))
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     partial = folder / f".{MANIFEST}.new"
@@ -229,6 +229,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(folder / MANIFEST)
+    return manifest
 
 
 def manifest_digest(manifest: Manifest) -> str:

@@ -152,3 +152,34 @@ print(sorted({{"torch", "transformers", "peft"}} & set(sys.modules)))
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert answer.stdout == "[]\n"
     assert Bundle(tmp_path / "bundle").manifest.targets["cpu"].precision == precision
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "words"),
+    [
+        (["cpu"], "bf16", "fp32 or fp16 for the target 'cpu'"),
+        (["jetpack6"], "fp32", "fp16 or bf16 for the target 'jetpack6'"),
+        (["cpu", "rtx"], "bf16", "for the target 'cpu'"),
+        (["cpu", "rtx"], "fp32", "for the target 'rtx'"),
+    ],
+)
+def test_a_precision_without_kernels_is_refused(
+    targets: list[str], precision: str, words: str, paligemma: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        export_bundle(str(paligemma.checkpoint), tmp_path / "b", targets=targets, precision=precision)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_share_one_precision_and_one_set_of_weights(paligemma: Tiny, tmp_path: Path) -> None:
+    manifest = export_bundle(
+        str(paligemma.checkpoint), tmp_path / "b", targets=["jetpack7", "cpu", "jetpack6", "jetpack7"], compare=False
+    )
+    assert list(manifest.targets) == ["jetpack7", "cpu", "jetpack6"]
+    assert {target.precision for target in manifest.targets.values()} == {"fp16"}
+    assert sorted(path.name for path in (tmp_path / "b").glob("*.weights")) == [
+        "decoder.fp16.weights",
+        "embed_tokens.fp16.weights",
+        "vision_encoder.fp16.weights",
+    ]
+    assert set(manifest.not_compared.values()) == {"the comparison was off"}
