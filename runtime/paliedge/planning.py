@@ -236,14 +236,16 @@ def estimate_decoder_workspace(manifest: Manifest) -> int:
     """Bytes of activations of the longest prefill, an estimate that errs upwards.
 
     As for the vision encoder, with scores of the whole prefix against the cache's capacity, gate and up
-    in 16 bits, and beside them the logits of the last position in 32.
+    in 16 bits, and beside them the logits of the last position in 32, and the prefix's rows of the cache,
+    which wait to be stored where a target's graphs leave that to the runtime.
     """
     text, tokens = manifest.model.text, manifest.limits.prefix
     projected = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
     attention = tokens * projected * _BYTES_16 + text.num_heads * tokens * _capacity(manifest) * _BYTES_32
     mlp = 2 * tokens * text.intermediate_size * _BYTES_16
     residual = tokens * text.hidden_size * _BYTES_32
-    return residual + max(attention, mlp) + manifest.embedding.rows * _BYTES_32
+    rows = cache_bytes_per_token(text) * tokens
+    return residual + max(attention, mlp) + manifest.embedding.rows * _BYTES_32 + rows
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> FreeMemory:
