@@ -15,12 +15,13 @@ from PIL import Image
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import PrecisionError
-from paliedge.manifest import Comparison
+from paliedge.manifest import Comparison, Target
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
 from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
 
+_FIRST_WITH_TENSOR_SCATTER = (1, 25)
 LIMITS = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 """Largest error of image features (relative to the largest one) and of log-probabilities (in nats)."""
 
@@ -104,3 +105,13 @@ def check_comparison(comparison: Comparison, precision: str) -> None:
             f"log-probabilities by {comparison.log_prob_error:.2g}, {comparison.token_match:.1%} of tokens equal",
             action="Nothing was published. Export with --precision fp32, and report this.",
         )
+
+
+def find_obstacle(target: Target) -> str:
+    """Why the installed ONNX Runtime cannot run the target's graphs; empty where it can."""
+    from paliedge.ort_session import VERSION
+
+    if target.cache_update == "in_place" and tuple(map(int, VERSION.split(".")[:2])) < _FIRST_WITH_TENSOR_SCATTER:
+        needed = ".".join(map(str, _FIRST_WITH_TENSOR_SCATTER))
+        return f"onnxruntime {VERSION} has no kernel for TensorScatter, which came with {needed}"
+    return ""

@@ -40,7 +40,7 @@ from paliedge.manifest import (
 from paliedge.publish import publish_bundle
 from paliedge_export.bfloat16 import emulated
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
-from paliedge_export.compare import check_comparison, compare_with_golden, make_golden
+from paliedge_export.compare import check_comparison, compare_with_golden, find_obstacle, make_golden
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.decoder import add_decoder
 from paliedge_export.golden import GOLDEN, Golden, write_golden
@@ -168,9 +168,13 @@ def _compare_targets(staging: Path, manifest: Manifest, golden: Golden | None, r
         reason = "there was nothing to compare with: torch is not installed"
         return msgspec.structs.replace(manifest, not_compared=dict.fromkeys(manifest.targets, reason))
     comparisons: dict[str, Comparison] = {}
+    not_compared: dict[str, str] = {}
     done: dict[tuple[str, str], str] = {}
     for name, target in manifest.targets.items():
         files = (target.vision_encoder.file, target.decoder.file)
+        if obstacle := find_obstacle(target):
+            not_compared[name] = obstacle
+            continue
         if files in done:
             comparisons[name] = comparisons[done[files]]
             continue
@@ -179,7 +183,7 @@ def _compare_targets(staging: Path, manifest: Manifest, golden: Golden | None, r
             comparisons[name] = compare_with_golden(staging, golden, name)
         check_comparison(comparisons[name], target.precision)
         done[files] = name
-    return msgspec.structs.replace(manifest, comparisons=comparisons)
+    return msgspec.structs.replace(manifest, comparisons=comparisons, not_compared=not_compared)
 
 
 def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, order: _Order) -> Manifest:

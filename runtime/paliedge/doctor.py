@@ -9,15 +9,19 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from paliedge.cuda import GpuInfo
 
 from paliedge.backends import find_ort_target
 from paliedge.building import choose_target, describe, engine_for, probe_gpu
 from paliedge.bundle import Bundle
-from paliedge.errors import PaliEdgeError, ResourceError
+from paliedge.errors import EngineMismatchError, MissingExtraError, PaliEdgeError, ResourceError
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours
 from paliedge.manifest import Manifest
 from paliedge.planning import available_memory, check_run_memory
@@ -27,7 +31,7 @@ _RELEASE = re.compile(r"# R(\d+) \(release\), REVISION: ([\d.]+)")
 _JETPACK = {"36.3": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "38": "7.0 or 7.1", "39.2": "7.2"}
 """JetPack by the longest matching start of its L4T version."""
 _PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
-_PYTHON_OF_JETPACK_6 = (3, 10)
+_JETPACK_6, _PYTHON_OF_JETPACK_6 = "36", (3, 10)
 _TIMEOUT_S = 5
 
 
@@ -45,53 +49,86 @@ class Finding(NamedTuple):
 
 def examine(bundles: Sequence[Path], root: Path = Path("/")) -> list[Finding]:
     """Look at the machine, then at each bundle; `root` is where its system files lie."""
-    gpu = probe_gpu()
+    gpu, onnxruntime = probe_gpu(), _probe_onnxruntime()
     flavours = list(find_flavours())
     engines = [trt for trt in flavours if isinstance(trt, TensorRt)]
     return [
         *_examine_system(root),
-        *_examine_packages(),
+        *_examine_packages(onnxruntime),
         *(_examine_flavour(trt) for trt in flavours),
         _examine_gpu(gpu),
         *_examine_resources(bundles),
-        *(finding for folder in bundles for finding in _examine_bundle(folder, engines, gpu)),
+        *(finding for folder in bundles for finding in _examine_bundle(folder, engines, gpu, onnxruntime)),
     ]
 
 
 def _examine_system(root: Path) -> Iterator[Finding]:
     yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}")
-    yield Finding("python", platform.python_version())
     model = _read(root / "proc/device-tree/model").strip("\0\n ")
     release = _RELEASE.search(_read(root / "etc/nv_tegra_release"))
-    if not release:
+    yield _examine_python(release[1] if release else None)
+    if not release and "Jetson" not in model:
         yield Finding("jetson", "no" + (f", {model}" if model else ""))
         return
-    l4t = f"{release[1]}.{release[2]}"
-    jetpack = next((name for start, name in sorted(_JETPACK.items(), reverse=True) if _starts(l4t, start)), None)
     yield Finding("jetson", model or "unknown model")
-    if jetpack:
-        yield Finding("jetpack", f"{jetpack} (L4T {l4t})")
+    if release:
+        yield _examine_jetpack(f"{release[1]}.{release[2]}")
     else:
-        yield Finding("jetpack", f"unknown (L4T {l4t})", "note", "paliedge knows JetPack 6.1 to 6.2.1 and 7.2.")
+        yield Finding("jetpack", "unknown", "note", "Read /etc/nv_tegra_release; in a container, outside of it.")
     yield _examine_power_mode()
 
 
+def _examine_python(l4t_major: str | None) -> Finding:
+    if l4t_major == _JETPACK_6 and sys.version_info[:2] != _PYTHON_OF_JETPACK_6:
+        action = "JetPack 6 has TensorRT for Python 3.10 alone: make the environment with `/usr/bin/python3`."
+        return Finding("python", platform.python_version(), "note", action)
+    return Finding("python", platform.python_version())
+
+
+def _examine_jetpack(l4t: str) -> Finding:
+    jetpack = next((name for start, name in sorted(_JETPACK.items(), reverse=True) if _starts(l4t, start)), None)
+    if jetpack:
+        return Finding("jetpack", f"{jetpack} (L4T {l4t})")
+    return Finding("jetpack", f"unknown (L4T {l4t})", "note", "paliedge knows JetPack 6.1 to 6.2.1 and 7.2.")
+
+
 def _examine_power_mode() -> Finding:
+    unknown = "Ask `sudo nvpmodel -q`; in a container, outside of it."
     try:
         answer = subprocess.run(
-            ["nvpmodel", "-q"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        ).stdout
+            ["nvpmodel", "-q"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False
+        ).stdout.decode(errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("power mode", "unknown", "note", f"`nvpmodel -q` did not answer: {type(error).__name__}.")
+        found = f"unknown: `nvpmodel -q` did not answer ({type(error).__name__})"
+        return Finding("power mode", found, "note", unknown)
     mode = re.search(r"NV Power Mode: *(\S+)", answer)
     if not mode:
-        return Finding("power mode", "unknown", "note", "Ask `sudo nvpmodel -q`.")
-    fastest = mode[1].startswith("MAXN")
-    action = "" if fastest else "`sudo nvpmodel -m 0` is the fastest on most boards; then `sudo jetson_clocks`."
-    return Finding("power mode", mode[1], "ok" if fastest else "note", action)
+        return Finding("power mode", "unknown", "note", unknown)
+    if mode[1].startswith("MAXN"):
+        return Finding("power mode", mode[1])
+    action = (
+        "`grep POWER_MODEL /etc/nvpmodel.conf` lists all; take the fastest, MAXN where there is one, with "
+        "`sudo nvpmodel -m ID`; then `sudo jetson_clocks`."
+    )
+    return Finding("power mode", mode[1], "note", action)
 
 
-def _examine_packages() -> Iterator[Finding]:
+def _probe_onnxruntime() -> list[str] | PaliEdgeError:
+    """Its providers, or why there are none."""
+    try:
+        from paliedge.ort_session import available_providers
+    except PaliEdgeError as error:
+        return error
+    except ImportError as error:  # one of its libraries, or a numpy that it was not built for
+        return MissingExtraError(
+            expected="an onnxruntime that can be imported",
+            found=(str(error) or "that it cannot be imported").splitlines()[0],
+            action='Install it again: `pip install --force-reinstall "paliedge[cpu]"`.',
+        )
+    return available_providers()
+
+
+def _examine_packages(onnxruntime: list[str] | PaliEdgeError) -> Iterator[Finding]:
     for name in _PACKAGES:
         try:
             yield Finding(name, version(name))
@@ -100,12 +137,10 @@ def _examine_packages() -> Iterator[Finding]:
                 yield Finding(name, "not installed", "note", "Only needed to run on a GPU.")
             elif name != "onnxruntime":  # its finding comes with its providers
                 yield Finding(name, "not installed", "problem", "Install paliedge again.")
-    try:
-        from paliedge.ort_session import available_providers
-    except PaliEdgeError as error:
-        yield Finding("onnxruntime", error.found, "note", error.action)
+    if isinstance(onnxruntime, PaliEdgeError):
+        yield Finding("onnxruntime", onnxruntime.found, "note", onnxruntime.action)
     else:
-        yield Finding("providers", ", ".join(available_providers()))
+        yield Finding("providers", ", ".join(onnxruntime))
 
 
 def _examine_flavour(found: TensorRt | PaliEdgeError) -> Finding:
@@ -114,21 +149,29 @@ def _examine_flavour(found: TensorRt | PaliEdgeError) -> Finding:
     return Finding(describe(found, ANY_GPU).rsplit(" ", 1)[0], found.version)
 
 
-def _examine_gpu(gpu: object) -> Finding:
+def _examine_gpu(gpu: GpuInfo | PaliEdgeError) -> Finding:
     if isinstance(gpu, PaliEdgeError):
         return Finding("gpu", gpu.found, "note", "Bundles run on the CPU; engines need an NVIDIA GPU and its driver.")
     return Finding("gpu", str(gpu))
 
 
 def _examine_resources(bundles: Sequence[Path]) -> Iterator[Finding]:
-    memory = available_memory()
-    yield Finding("memory", f"{memory.available / 1e9:.1f} GB free, {memory.swap / 1e9:.1f} GB of swap free")
+    try:
+        memory = available_memory()
+        yield Finding("memory", f"{memory.available / 1e9:.1f} GB free, {memory.swap / 1e9:.1f} GB of swap free")
+    except ResourceError as error:
+        yield Finding("memory", f"no {error.expected}", "note", error.action)
     for folder in bundles or [Path()]:
-        if folder.exists():
-            yield Finding("disk", f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free at {folder.resolve()}")
+        try:
+            free = shutil.disk_usage(folder).free
+        except (OSError, ValueError):  # not there: the bundle's own finding says so
+            continue
+        yield Finding("disk", f"{free / 1e9:.1f} GB free at {folder.resolve()}")
 
 
-def _examine_bundle(folder: Path, engines: Sequence[TensorRt], gpu: object) -> Iterator[Finding]:
+def _examine_bundle(
+    folder: Path, engines: Sequence[TensorRt], gpu: GpuInfo | PaliEdgeError, onnxruntime: list[str] | PaliEdgeError
+) -> Iterator[Finding]:
     topic = f"bundle {folder}"
     try:
         manifest = Bundle(folder, check_hashes=False).manifest
@@ -137,12 +180,13 @@ def _examine_bundle(folder: Path, engines: Sequence[TensorRt], gpu: object) -> I
         return
     targets = ", ".join(f"{name} {target.precision}" for name, target in manifest.targets.items())
     yield Finding(topic, f"{manifest.producer.checkpoint}, graphs for {targets}")
-    usable = False
-    for trt in engines:
-        finding = _examine_engine(folder, manifest, trt, gpu)
-        usable |= finding.status == "ok"
-        yield finding
+    findings = [_examine_engine(folder, manifest, trt, gpu) for trt in engines]
+    usable = any(finding.status == "ok" for finding in findings)
+    for finding in findings:
+        yield finding._replace(status="note") if usable and finding.status == "problem" else finding
     try:
+        if isinstance(onnxruntime, PaliEdgeError):
+            raise onnxruntime
         target = find_ort_target(folder, manifest)
     except PaliEdgeError as error:
         yield Finding("  on ONNX Runtime", error.found, "note" if usable else "problem", error.action)
@@ -150,23 +194,36 @@ def _examine_bundle(folder: Path, engines: Sequence[TensorRt], gpu: object) -> I
         yield Finding("  on ONNX Runtime", f"can run {target}'s graphs")
 
 
-def _examine_engine(folder: Path, manifest: Manifest, trt: TensorRt, gpu: object) -> Finding:
+def _examine_engine(folder: Path, manifest: Manifest, trt: TensorRt, gpu: GpuInfo | PaliEdgeError) -> Finding:
     topic = f"  on {describe(trt, ANY_GPU)}"
     if isinstance(gpu, PaliEdgeError):
         return Finding(topic, "no GPU to run on", "note", "Engines for TensorRT for RTX can be built here, not run.")
-    command = f"`paliedge build {folder} --flavour {trt.flavour}`"
     try:
         engine = engine_for(manifest, trt)
         if engine is None:
-            return Finding(
-                topic, f"no engine yet; it can be built from {choose_target(manifest, trt)}", "note", command
-            )
-        check_run_memory(manifest, available_memory().available)
+            return _examine_missing_engine(topic, folder, manifest, trt)
+        check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.free_memory)
     except ResourceError as error:
         return Finding(topic, f"{error.found}, where it takes {error.expected}", "problem", error.action)
     except PaliEdgeError as error:
         return Finding(topic, error.found, "note", error.action)
     return Finding(topic, f"an engine that fits, {engine.precision} from {engine.target}")
+
+
+def _examine_missing_engine(topic: str, folder: Path, manifest: Manifest, trt: TensorRt) -> Finding:
+    """A bundle without engines runs on ONNX Runtime; with engines for something else it is refused."""
+    others = [
+        engine.version + ("" if engine.compute_capability == ANY_GPU else f" on {engine.gpu}")
+        for engine in manifest.engines
+        if engine.flavour == trt.flavour
+    ]
+    found = f"only engines for {', '.join(others)}" if others else "no engine yet"
+    status: Status = "problem" if others else "note"
+    try:
+        value = f"{found}; one can be built from {choose_target(manifest, trt)}"
+    except EngineMismatchError as error:
+        return Finding(topic, f"{found}; this is {error.found}", status, error.action)
+    return Finding(topic, value, status, f"`paliedge build {folder} --flavour {trt.flavour}`")
 
 
 def _starts(l4t: str, start: str) -> bool:

@@ -25,6 +25,7 @@ except ModuleNotFoundError:
         action='Run `pip install "paliedge[cpu]"`, or `pip install "paliedge[gpu]"` for its CUDA provider.',
     ) from None
 
+VERSION: str = ort.__version__
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 

@@ -7,6 +7,7 @@ backends by their options only.
 from __future__ import annotations
 
 import gc
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -71,12 +72,11 @@ def check_run(bundle: Bundle, options: BackendOptions, num_decodes: int = NUM_DE
     without_graph = None
     lines: list[str] = []
     if options.use_cuda_graph:  # first, and closed again: a small board has no room for both
-        model = PaliGemma.load(bundle.folder, replace(options, use_cuda_graph=False), report=lines.append)
-        without_graph = _answer_all(bundle, model) if model.has_device_clock else None
-        model.close()
-    lines.clear()
-    model = PaliGemma.load(bundle.folder, options, report=lines.append)
-    try:
+        with closing(
+            PaliGemma.load(bundle.folder, replace(options, use_cuda_graph=False), report=lines.append)
+        ) as model:
+            without_graph = _answer_all(bundle, model) if model.has_device_clock else None
+    with closing(PaliGemma.load(bundle.folder, options, report=lines.append)) as model:
         golden = verify_golden(bundle, model)
         graph_equal = None if without_graph is None else without_graph == _answer_all(bundle, model)
         if graph_equal is False:
@@ -86,8 +86,6 @@ def check_run(bundle: Bundle, options: BackendOptions, num_decodes: int = NUM_DE
                 action="Use --no-cuda-graph, and report this with `paliedge doctor --json`.",
             )
         return _measure(bundle, model, lines[-1], golden, graph_equal, num_decodes)
-    finally:
-        model.close()
 
 
 def _answer_all(bundle: Bundle, model: PaliGemma) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
@@ -113,7 +111,7 @@ def _measure(
     prefill_ms: list[float] = []
     vision_ms: list[float] = []
     before: tuple[int, int | None] | None = None
-    while len(decode_ms) < num_decodes:
+    while before is None or len(decode_ms) < num_decodes:  # at least one answer before and one after
         if before is None and len(decode_ms) >= _WARM_UP * num_decodes:
             before = _memory_in_use()
         answer = model.generate(image, "caption en")
@@ -122,7 +120,7 @@ def _measure(
         prefill_ms.append(answer.timings.prefill_ms)
         vision_ms.append(answer.timings.vision_ms)
     host, gpu = _memory_in_use()
-    host_before, gpu_before = before or (host, gpu)
+    host_before, gpu_before = before
     report = RunReport(
         backend=backend,
         golden=golden,

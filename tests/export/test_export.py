@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paliedge import ort_session
 from paliedge.bundle import Bundle
 from paliedge.errors import CheckpointError, PrecisionError, UsageError
 from paliedge_export import compare, exporter, reference
@@ -183,3 +184,14 @@ def test_targets_share_one_precision_and_one_set_of_weights(paligemma: Tiny, tmp
         "vision_encoder.fp16.weights",
     ]
     assert set(manifest.not_compared.values()) == {"the comparison was off"}
+
+
+def test_graphs_that_this_onnx_runtime_is_too_old_for_are_listed_with_the_reason(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_session, "VERSION", "1.23.2")  # the last one for Python 3.10
+    manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "b", targets=["jetpack6", "jetpack7"])
+    assert list(manifest.comparisons) == ["jetpack6"]
+    assert manifest.not_compared == {
+        "jetpack7": "onnxruntime 1.23.2 has no kernel for TensorScatter, which came with 1.25"
+    }

@@ -49,14 +49,15 @@ def build(bundle: Path, flavour: Flavour | None, workspace: int, force: bool, as
     from paliedge.building import build_engine
     from paliedge.bundle import Bundle
 
-    engine = build_engine(
-        bundle,
-        flavour,
-        workspace=workspace * _MEGABYTE,
-        force=force,
-        report=lambda line: click.echo(line, err=True),
-        on_progress=_show_progress if sys.stderr.isatty() else lambda part, progress: None,
-    )
+    with _Status() as status:
+        engine = build_engine(
+            bundle,
+            flavour,
+            workspace=workspace * _MEGABYTE,
+            force=force,
+            report=status.report,
+            on_progress=status.show_progress,
+        )
     if as_json:
         click.echo(msgspec.json.encode(engine))
         return
@@ -65,8 +66,33 @@ def build(bundle: Path, flavour: Flavour | None, workspace: int, force: bool, as
         click.echo(f"{bundle / plan.file}: {files[plan.file].size / 1e6:.1f} MB")
 
 
-def _show_progress(part: str, progress: float) -> None:
-    click.echo(f"\r  {part} {progress:4.0%}" + ("\n" if progress >= 1 else ""), err=True, nl=False)
+class _Status:
+    """Lines on stderr; on a terminal, below them, how far the build is."""
+
+    def __init__(self) -> None:
+        self._shows_progress = sys.stderr.isatty()
+        self._in_line = False
+
+    def __enter__(self) -> _Status:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._end_line()
+
+    def report(self, line: str) -> None:
+        self._end_line()
+        click.echo(line, err=True)
+
+    def show_progress(self, part: str, progress: float) -> None:
+        if self._shows_progress:
+            click.echo(f"\r  {part} {progress:4.0%}", err=True, nl=False)
+            self._in_line = True
+
+    def _end_line(self) -> None:
+        """The builder's last step need not be the one that makes a hundred."""
+        if self._in_line:
+            click.echo(err=True)
+            self._in_line = False
 
 
 VERBS = (build,)
