@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -239,8 +240,8 @@ def run_order(part: Part, order: BuildOrder, on_progress: Progress) -> BuildCost
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(msgspec.json.encode(order))
-            child.stdin.close()
+            with suppress(BrokenPipeError), child.stdin:  # one that died at once is explained below
+                child.stdin.write(msgspec.json.encode(order))
             for line in child.stdout:
                 event = msgspec.json.decode(line, type=BuildEvent)
                 if event.progress is None:

@@ -102,6 +102,15 @@ class _Resource:
             free, self._free = self._free, None
             _call(free, self.handle)
 
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """For what a constructor does once it has the resource."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
 
 class DeviceBuffer(_Resource):
     """Memory of the GPU, zeroed."""
@@ -110,7 +119,8 @@ class DeviceBuffer(_Resource):
         self.num_bytes = align(max(1, num_bytes))
         self.address = int(_call(cudart.cudaMalloc, self.num_bytes))
         super().__init__(self.address, cudart.cudaFree)
-        _call(cudart.cudaMemsetAsync, self.address, 0, self.num_bytes, stream.handle)
+        with self._closed_on_error():
+            _call(cudart.cudaMemsetAsync, self.address, 0, self.num_bytes, stream.handle)
 
 
 class PinnedBuffer(_Resource):
@@ -125,7 +135,8 @@ class PinnedBuffer(_Resource):
         self.num_bytes = align(max(1, num_bytes))
         self.address = int(_call(cudart.cudaHostAlloc, self.num_bytes, cudart.cudaHostAllocMapped))
         super().__init__(self.address, cudart.cudaFreeHost)
-        self.device_address = int(_call(cudart.cudaHostGetDevicePointer, self.address, 0))
+        with self._closed_on_error():
+            self.device_address = int(_call(cudart.cudaHostGetDevicePointer, self.address, 0))
         memory = (ctypes.c_uint8 * self.num_bytes).from_address(self.address)
         self.content: Bytes = np.ctypeslib.as_array(memory)
         self.content[:] = 0
@@ -164,7 +175,9 @@ class Stream(_Resource):
         try:
             yield graphs
         except BaseException:
-            cudart.cudaStreamEndCapture(self.handle)  # the stream is usable again, whatever it says
+            error, graph = cudart.cudaStreamEndCapture(self.handle)  # the stream is usable again, whatever it says
+            if error == cudart.cudaError_t.cudaSuccess:
+                cudart.cudaGraphDestroy(graph)
             raise
         graphs.append(Graph(_call(cudart.cudaStreamEndCapture, self.handle)))
 

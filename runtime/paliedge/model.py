@@ -94,7 +94,12 @@ class PaliGemma:
             DeviceError: the backend needs a GPU, and there is none.
         """
         opened = Bundle(Path(bundle))
-        return cls(opened, open_session(opened, options, report))
+        session = open_session(opened, options, report)
+        try:
+            return cls(opened, session)
+        except BaseException:  # such as a cache that the GPU has no memory for
+            session.close()
+            raise
 
     @property
     def has_device_clock(self) -> bool:

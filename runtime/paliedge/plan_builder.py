@@ -160,9 +160,12 @@ def main() -> None:
     _end_with_parent(order.parent)
     _volunteer_for_the_oom_killer()
 
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not stand among the events
+
     def say(event: BuildEvent) -> None:
-        sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
-        sys.stdout.buffer.flush()
+        events.write(msgspec.json.encode(event) + b"\n")
+        events.flush()
 
     started = time.perf_counter()
     try:

@@ -6,8 +6,9 @@ backends by their options only.
 
 from __future__ import annotations
 
+import ctypes
 import gc
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -146,6 +147,8 @@ def _memory_in_use() -> tuple[int, int | None]:
     """Bytes: of this process on the host, mapped files aside, and of everybody on the GPU."""
     gpu = _gpu_memory_in_use()  # first: what its import takes must not look like growth
     gc.collect()
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # or what the heap has free hides as much of a leak
     rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(rows["RssAnon"].split()[0]) * 1024, gpu
 

@@ -45,10 +45,10 @@ class LoadedEngine:
         self._engine = self._runtime = self._logger = None
 
     @property
-    def aliases(self) -> dict[str, str]:
-        """Outputs that must lie where an input lies, by that input's name; an older TensorRT knows none."""
+    def aliases(self) -> dict[str, str] | None:
+        """Outputs that must lie where an input lies, by that input's name; None where TensorRT does not say."""
         if not hasattr(self._engine, "get_aliased_input_tensor"):
-            return {}
+            return None
         output = self._trt.module.TensorIOMode.OUTPUT
         names = [name for name in self._tensor_names() if self._engine.get_tensor_mode(name) == output]
         found = {name: self._engine.get_aliased_input_tensor(name) for name in names}

@@ -134,7 +134,7 @@ class LoadedDecoder:
         """The engine's idea of what lies in one place must be ours."""
         wanted = {_present(name): name for name in self._layout.names} if self._in_place else {}
         found = self._engine.aliases
-        if wanted != found:
+        if found is not None and found != wanted:
             raise EngineMismatchError(
                 expected=f"an engine that updates {len(wanted)} cache tensors in place",
                 found=f"one that updates {len(found)}",
