@@ -158,7 +158,7 @@ def choose_target(manifest: Manifest, trt: TensorRt) -> str:
     raise EngineMismatchError(
         expected=f"graphs for {describe(trt, ANY_GPU)}: target {' or '.join(trt.targets)}",
         found=f"a bundle for {', '.join(manifest.targets)}",
-        action=f"Export the checkpoint again with --target {trt.targets[0]}.",
+        action=f"Export it again: `paliedge export CHECKPOINT -o BUNDLE --target {trt.targets[0]}`.",
     )
 
 

@@ -21,14 +21,22 @@ if TYPE_CHECKING:
 from paliedge.backends import find_ort_target
 from paliedge.building import choose_target, describe, engine_for, probe_gpu
 from paliedge.bundle import Bundle
-from paliedge.errors import EngineMismatchError, MissingExtraError, PaliEdgeError, ResourceError
+from paliedge.errors import EngineMismatchError, PaliEdgeError, ResourceError
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours
 from paliedge.manifest import Manifest
 from paliedge.planning import available_memory, check_run_memory
 
 Status = Literal["ok", "note", "problem"]
 _RELEASE = re.compile(r"# R(\d+) \(release\), REVISION: ([\d.]+)")
-_JETPACK = {"36.3": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "38": "7.0 or 7.1", "39.2": "7.2"}
+_JETPACK = {
+    "36.3": "6.0",
+    "36.4": "6.1 or 6.2",
+    "36.4.0": "6.1",
+    "36.4.3": "6.2",
+    "36.4.4": "6.2.1",
+    "38": "7.0 or 7.1",
+    "39.2": "7.2",
+}
 """JetPack by the longest matching start of its L4T version."""
 _PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
 _JETPACK_6, _PYTHON_OF_JETPACK_6 = "36", (3, 10)
@@ -119,12 +127,6 @@ def _probe_onnxruntime() -> list[str] | PaliEdgeError:
         from paliedge.ort_session import available_providers
     except PaliEdgeError as error:
         return error
-    except ImportError as error:  # one of its libraries, or a numpy that it was not built for
-        return MissingExtraError(
-            expected="an onnxruntime that can be imported",
-            found=(str(error) or "that it cannot be imported").splitlines()[0],
-            action='Install it again: `pip install --force-reinstall "paliedge[cpu]"`.',
-        )
     return available_providers()
 
 

@@ -18,11 +18,17 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 """Wheels from 1.29 on write a device id into the user's cache and look for a server. Not from a robot."""
 try:
     import onnxruntime as ort
-except ModuleNotFoundError:
-    raise MissingExtraError(
-        expected="onnxruntime",
-        found="no such package",
-        action='Run `pip install "paliedge[cpu]"`, or `pip install "paliedge[gpu]"` for its CUDA provider.',
+except (ImportError, OSError, AttributeError) as error:
+    if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+        raise MissingExtraError(
+            expected="onnxruntime",
+            found="no such package",
+            action='Run `pip install "paliedge[cpu]"`, or `pip install "paliedge[gpu]"` for its CUDA provider.',
+        ) from None
+    raise MissingExtraError(  # one of its libraries is missing, or it was built for another numpy
+        expected="an onnxruntime that can be imported",
+        found=(str(error) or "that it cannot be imported").splitlines()[0],
+        action='Install it again: `pip install --force-reinstall "paliedge[cpu]"`.',
     ) from None
 
 VERSION: str = ort.__version__

@@ -169,7 +169,7 @@ def test_a_bundle_for_the_cpu_alone_is_told_how_to_be_exported(tmp_path: Path) -
     expected, found, action = result.stderr.splitlines()
     assert "target rtx or jetpack7 or jetpack6" in expected
     assert found.strip() == "found a bundle for cpu"
-    assert action.strip() == "Export the checkpoint again with --target rtx."
+    assert action.strip() == "Export it again: `paliedge export CHECKPOINT -o BUNDLE --target rtx`."
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def _bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("# R39 (release), REVISION: 2.0, GCID: 1", "7.2 (L4T 39.2.0)", "ok"),
         ("# R39 (release), REVISION: 2.10, GCID: 1", "7.2 (L4T 39.2.10)", "ok"),
         ("# R36 (release), REVISION: 40.3, GCID: 1", "unknown (L4T 36.40.3)", "note"),
-        ("# R36 (release), REVISION: 4.30, GCID: 1", "unknown (L4T 36.4.30)", "note"),
+        ("# R36 (release), REVISION: 4.30, GCID: 1", "6.1 or 6.2 (L4T 36.4.30)", "ok"),
         ("# R35 (release), REVISION: 6.1, GCID: 1", "unknown (L4T 35.6.1)", "note"),
     ],
 )
@@ -346,7 +346,9 @@ def test_engines_for_something_else_stop_a_run(
     assert f"only engines for {engine.version} on Orin" in finding.value
     can_build = f"`paliedge build {folder} --flavour tensorrt`"
     assert finding.action == (
-        can_build if target == "jetpack6" else "Export the checkpoint again with --target jetpack6."
+        can_build
+        if target == "jetpack6"
+        else "Export it again: `paliedge export CHECKPOINT -o BUNDLE --target jetpack6`."
     )
 
 
@@ -364,7 +366,11 @@ def test_engines_for_something_else_do_not_matter_beside_one_that_fits(
     ("target", "value", "action"),
     [
         ("jetpack6", "no engine yet; one can be built from jetpack6", "`paliedge build {} --flavour tensorrt`"),
-        ("cpu", "no engine yet; this is a bundle for cpu", "Export the checkpoint again with --target jetpack6."),
+        (
+            "cpu",
+            "no engine yet; this is a bundle for cpu",
+            "Export it again: `paliedge export CHECKPOINT -o BUNDLE --target jetpack6`.",
+        ),
     ],
 )
 def test_a_bundle_without_engines_is_told_how_to_get_one(
