@@ -8,7 +8,7 @@ read. Knows neither text nor pictures.
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import prod
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from paliedge.bundle import Bundle
 from paliedge.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, gpu_info
+from paliedge.errors import DeviceError
 from paliedge.flavours import TensorRt
 from paliedge.manifest import Engine
 from paliedge.session import FloatArray, IdRange, Step
@@ -90,9 +91,9 @@ class TrtSession:
         try:
             self._stream = self._owner.enter_context(Stream())
             self._start, self._end = (self._owner.enter_context(Event()) for _ in range(2))
-            self._load_decoder()
             if not sequential:
-                self._load_vision()
+                self._load_decoder()
+            self._load_vision()  # what the first request needs
         except BaseException:
             self.close()
             raise
@@ -212,6 +213,11 @@ class TrtSession:
         self._stream.synchronize()
         return self._end.elapsed_ms(self._start)
 
+    def _let_work_end(self) -> None:
+        """A request that failed half way left work on the stream; an engine must not go before it is done."""
+        with suppress(DeviceError):
+            self._stream.synchronize()
+
     def _new_device(self, num_bytes: int) -> DeviceBuffer:
         return self._owner.enter_context(DeviceBuffer(num_bytes, self._stream))
 
@@ -228,6 +234,7 @@ class TrtSession:
 
     def _unload_vision(self) -> None:
         if self._vision is not None:
+            self._let_work_end()
             self._vision.close()
             self._vision = None
 
@@ -244,6 +251,7 @@ class TrtSession:
 
     def _unload_decoder(self) -> None:
         if self._decoder is not None:
+            self._let_work_end()
             for cache in self._caches:
                 cache.unbind()
             self._decoder.close()

@@ -139,7 +139,10 @@ def test_a_local_folder_wins_over_a_repository_of_its_name(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("checkpoint", ["", "paligemma", "a/b/c", "../x", "/no/such/folder", "a b/c", "https://x/y"])
-def test_what_is_neither_folder_nor_id_is_refused(checkpoint: str) -> None:
+def test_what_is_neither_folder_nor_id_is_refused(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # beside which there is no folder x
     with pytest.raises(CheckpointError, match="Check the spelling"):
         find_checkpoint(checkpoint)
 
