@@ -24,12 +24,13 @@ from tests.runtime.conftest import copy_bundle
 
 NUM_KILLS = 10
 BUILDER = """
-import sys
+import signal, sys
 from pathlib import Path
 from paliedge.building import build_engine
 from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.machine import fake_machine
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a script's background has it ignored
 bundle, folder, seconds, force = sys.argv[1:]
 with fake_machine(Path(folder), cuda=FakeCuda()) as machine:
     machine.break_builder("", seconds=float(seconds))
@@ -45,7 +46,11 @@ def building(bundle: Path, folder: Path, seconds: float, force: str = "") -> Ite
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        yield process
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 @pytest.fixture
