@@ -18,7 +18,7 @@ from paliedge.model import SHIPPED_BUNDLE
 
 VISION_MILLIONS = {224: 412.44, 448: 413.33, 896: 416.87}
 PATCH_SIZE = 14
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float16"}
 _ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 

@@ -261,8 +261,7 @@ def _last_hidden(graph: GraphBuilder, text: TextConfig, x: str, start: str, pref
 
 def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, tokens: Tokens, allowed: str) -> None:
     """Logits over the real vocabulary, the best allowed one and its log-probability among all."""
-    logits = graph.op("Gemm", graph.compute(hidden), graph.weight(LM_HEAD), transB=1)
-    logits = graph.cast(logits, np.float32)
+    logits = graph.matmul_transposed(hidden, LM_HEAD)
     if text.final_softcap:
         logits = _softcap(graph, logits, text.final_softcap)
     logits = graph.op("Identity", logits, name="logits")

@@ -220,7 +220,7 @@ def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, order: _Or
 def _write_graphs(folder: Path, source: _Source, stored: tuple[Stored, Stored], order: _Order) -> dict[str, Target]:
     """The graphs of every target; those that two targets want alike are written once."""
     config = source.config
-    capacity = source.limits.prefix + source.limits.new_tokens
+    capacity = source.limits.capacity
 
     def add_vision(graph: GraphBuilder, lowering: Lowering) -> None:
         add_vision_encoder(graph, config, lowering)
@@ -259,7 +259,9 @@ def _write_graph(
     precision: Precision,
     add: Callable[[GraphBuilder, Lowering], None],
 ) -> Graph:
-    graph = GraphBuilder(name, lowering.opset, stored, DTYPES[precision])
+    graph = GraphBuilder(
+        name, lowering.opset, stored, DTYPES[precision], accumulate_float32=lowering.accumulate_float32
+    )
     add(graph, lowering)
     model = graph.build()
     path = folder / f"{name}.{lowering.name}.onnx"

@@ -26,9 +26,18 @@ _IR_VERSIONS = {20: 10, 24: 11}
 class GraphBuilder:
     """Collects nodes; every method returns the name of the tensor it makes."""
 
-    def __init__(self, name: str, opset: int, tensors: Mapping[str, StoredTensor], compute_type: npt.DTypeLike) -> None:
+    def __init__(
+        self,
+        name: str,
+        opset: int,
+        tensors: Mapping[str, StoredTensor],
+        compute_type: npt.DTypeLike,
+        *,
+        accumulate_float32: bool,
+    ) -> None:
         self.name = name
         self.compute_type = np.dtype(compute_type)
+        self._accumulate_float32 = accumulate_float32
         self._opset = opset
         self._tensors = tensors
         self._nodes: list[onnx.NodeProto] = []
@@ -98,7 +107,12 @@ class GraphBuilder:
 
     def matmul(self, first: str, second: str) -> str:
         """Matrix product of two operands of the compute type, as float32."""
-        return self.cast(self.op("MatMul", first, second), np.float32)
+        return self._product("MatMul", first, second, self.compute_type)
+
+    def matmul_transposed(self, x: str, weight: str) -> str:
+        """x @ weight.T as float32, in the type in which `weight` [out, in] is stored."""
+        dtype = self._tensors[weight].dtype
+        return self._product("Gemm", self.cast(x, dtype), self.weight(weight), dtype, transB=1)
 
     def linear(self, x: str, name: str) -> str:
         """x @ weight + bias, the weight [in, out]; a bias only where one is stored."""
@@ -106,6 +120,20 @@ class GraphBuilder:
         if f"{name}.bias" not in self._tensors:
             return product
         return self.op("Add", product, self.weight(f"{name}.bias"))
+
+    def _product(self, kind: str, first: str, second: str, dtype: npt.DTypeLike, **attributes: Any) -> str:
+        """The product as float32, rounded to `dtype` on its way.
+
+        TensorRT may add up a float16 product in float16. Casts of both operands to float32 and of the
+        result back are how it is told not to: it replaces them by one float16 kernel that adds up in
+        float32. A result left in float32 would make it keep the weights in float32.
+        """
+        if self._accumulate_float32 and np.dtype(dtype) == np.float16:
+            first, second = self.cast(first, np.float32), self.cast(second, np.float32)
+            product = self.cast(self.op(kind, first, second, **attributes), dtype)
+        else:
+            product = self.op(kind, first, second, **attributes)
+        return self.cast(product, np.float32)
 
     def build(self) -> onnx.ModelProto:
         """The model, its weights left in their files."""

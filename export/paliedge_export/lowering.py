@@ -25,17 +25,20 @@ class Lowering:
         attention: "contrib", com.microsoft's operator; "primitive", written out; "fused", ONNX's
             Attention. Gemma 2 is always written out: TensorRT's Attention has no softcap.
         cache_update: "rows", the graph returns new rows; "in_place", TensorScatter writes them.
+        accumulate_float32: ask TensorRT to add up float16 products in float32. Not on 10.3, of which
+            nobody here knows whether it would keep float32 copies of the weights instead.
     """
 
     name: str
     opset: int
     attention: Literal["contrib", "primitive", "fused"]
     cache_update: Literal["rows", "in_place"]
+    accumulate_float32: bool
 
 
-_CONTRIB = Lowering("cpu", 20, "contrib", "rows")
-_OPSET20 = Lowering("opset20", 20, "primitive", "rows")
-_OPSET24 = Lowering("opset24", 24, "fused", "in_place")
+_CONTRIB = Lowering("cpu", 20, "contrib", "rows", accumulate_float32=False)
+_OPSET20 = Lowering("opset20", 20, "primitive", "rows", accumulate_float32=False)
+_OPSET24 = Lowering("opset24", 24, "fused", "in_place", accumulate_float32=True)
 
 
 @dataclass(frozen=True)

@@ -76,16 +76,19 @@ def write_weights(
 ) -> tuple[Stored, Stored]:
     """Write embedding table, head, vision encoder and decoder to files in `folder`; returns what lies where.
 
-    `rows` of the table are tokens; those behind them are noise. The first result is the vision
-    encoder's tensors, the second the decoder's, in which `lm_head.weight` may be the table itself.
+    `rows` of the table are tokens; those behind them are noise. With bf16, table and head are fp16:
+    logits in bfloat16 are an eighth apart where they matter, and neighbouring location tokens would tie.
+    The first result is the vision encoder's tensors, the second the decoder's, in which `lm_head.weight`
+    may be the table itself.
     """
     dtype = DTYPES[precision]
+    head_dtype = np.dtype(np.float16) if precision == "bf16" else dtype
     with WeightFile(folder / f"embed_tokens.{precision}.weights") as table:
-        _add_rows(table, checkpoint, EMBED_TOKENS, rows, dtype)
+        _add_rows(table, checkpoint, EMBED_TOKENS, rows, head_dtype)
     head = table
     if not _head_is_table(checkpoint, rows):
         with WeightFile(folder / f"lm_head.{precision}.weights") as head:
-            _add_rows(head, checkpoint, LM_HEAD, rows, dtype)
+            _add_rows(head, checkpoint, LM_HEAD, rows, head_dtype)
     with WeightFile(folder / f"vision_encoder.{precision}.weights") as vision:
         _add_vision_encoder(vision, checkpoint, config, dtype)
     with WeightFile(folder / f"decoder.{precision}.weights") as decoder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from paliedge.building import build_engine, describe, describe_gpu, find_engine
 from paliedge.bundle import Bundle
@@ -19,8 +19,6 @@ from paliedge.session import Session
 
 Backend = Literal["auto", "tensorrt", "rtx", "cuda", "cpu"]
 OnMismatch = Literal["error", "rebuild", "fallback"]
-BACKENDS = get_args(Backend)
-ON_MISMATCH = get_args(OnMismatch)
 _BEST_FIRST: tuple[Backend, ...] = ("tensorrt", "rtx", "cuda", "cpu")
 _ORT_TARGETS = ("cpu", "jetpack6", "jetpack7", "rtx")
 """Whose graphs ONNX Runtime takes, best first."""
@@ -57,7 +55,7 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
             for the backend.
         MissingExtraError, DeviceError: what the wanted backend needs is not there.
     """
-    if options.backend != "auto":
+    if options.backend != "auto" and options.on_mismatch != "fallback":
         session, name = _open(options.backend, bundle, options, report)
         report(f"using {name}")
         return session
@@ -91,6 +89,8 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
 
 def _candidates(manifest: Manifest, options: BackendOptions) -> list[Backend]:
     """Best first; a TensorRT only where the bundle has an engine for it, or may be given one."""
+    if options.backend != "auto":
+        return [options.backend, *(name for name in ("cuda", "cpu") if name != options.backend)]
     flavours = {engine.flavour for engine in manifest.engines}
     rebuild = options.on_mismatch == "rebuild"
     return [name for name in _BEST_FIRST if name in ("cuda", "cpu") or name in flavours or rebuild]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from paliedge.cuda import GpuInfo
 
 from paliedge.bundle import Bundle, describe_file
-from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError
+from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError, ResourceError
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours, load_flavour
 from paliedge.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
 from paliedge.plan_builder import BuildCost, BuildEvent, BuildOrder
@@ -80,7 +80,7 @@ def build_engine(
             return existing
         target = choose_target(bundle.manifest, trt)
         check_build_memory(bundle.manifest, target, sum(available_memory()))
-        _check_that_it_will_run(bundle.manifest)
+        _check_that_it_will_run(bundle.manifest, trt, report)
         engine = Engine(
             target=target,
             flavour=trt.flavour,
@@ -97,7 +97,9 @@ def build_engine(
             for part in PARTS:
                 report(f"building {part} for {describe(trt, capability)} from {target}'s graphs")
                 cost = run_order(part, make_order(bundle, engine, part, staging, workspace), on_progress)
-                report(f"built {part} in {cost.seconds:.0f} s, {cost.peak_memory / 1e9:.1f} GB of memory at its peak")
+                report(
+                    f"built {part} in {cost.seconds:.0f} s, {cost.peak_memory / 1e9:.1f} GB of host memory at its peak"
+                )
             engine = _name_files(engine, staging)
             publish_engine(folder, bundle.manifest, staging, engine)
     return engine
@@ -175,7 +177,7 @@ def decoder_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range],
     runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
     """
     limits, num_image_tokens = manifest.limits, manifest.model.vision.num_image_tokens
-    capacity = limits.prefix + limits.new_tokens
+    capacity = limits.capacity
     decoder = manifest.targets[target].decoder
     typical = min(num_image_tokens + _PROMPT_TOKENS, limits.prefix)
     return (
@@ -274,11 +276,17 @@ def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> Bui
     return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
 
 
-def _check_that_it_will_run(manifest: Manifest) -> None:
-    """Nothing to say without a GPU: the engines are for another machine then."""
+def _check_that_it_will_run(manifest: Manifest, trt: TensorRt, report: Report) -> None:
+    """Nothing to say without a GPU: the engines are for another machine then, as portable ones may be."""
     gpu = probe_gpu()
-    if not isinstance(gpu, PaliEdgeError):
-        check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.total_memory)
+    if isinstance(gpu, PaliEdgeError):
+        return
+    try:
+        check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.free_memory)
+    except ResourceError as error:
+        if not trt.compiles_on_device:
+            raise
+        report(f"they will not run on this GPU: {error.expected}, {error.found}")
 
 
 def _take_timing_cache(bundle: Bundle, engine: Engine, staging: Path) -> None:

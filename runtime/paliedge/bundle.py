@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from paliedge.errors import BundleError, EngineMismatchError
-from paliedge.manifest import FORMAT_VERSION, MANIFEST, File, Manifest, Target, manifest_digest
+from paliedge.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, File, Manifest, Target, manifest_digest
 
 
 class Bundle:
@@ -27,6 +27,7 @@ class Bundle:
 
     def __init__(self, folder: Path, *, check_hashes: bool = True) -> None:
         self.folder = folder
+        self._verified: dict[str, str] = {}
         self.manifest = _read_manifest(folder)
         self._check_files(check_hashes)
 
@@ -56,7 +57,7 @@ class Bundle:
             for graph in (target.vision_encoder, target.decoder):
                 named |= {graph.file, *graph.weights}
         for engine in manifest.engines:
-            named |= {engine.vision_encoder.file, engine.decoder.file, *filter(None, [engine.timing_cache])}
+            named |= set(engine.files)
         if named - set(manifest.files):
             raise _damaged(self.folder, f"no size and digest for {', '.join(sorted(named - set(manifest.files)))}")
         for name, recorded in manifest.files.items():
@@ -77,7 +78,7 @@ class Bundle:
         """Numbers of the manifest that must fit one another."""
         manifest = self.manifest
         embedding, hidden_size, tokens = manifest.embedding, manifest.model.text.hidden_size, manifest.tokens
-        num_bytes = embedding.rows * hidden_size * {"float32": 4, "float16": 2, "bfloat16": 2}[embedding.dtype]
+        num_bytes = embedding.rows * hidden_size * ITEMSIZE[embedding.dtype]
         if num_bytes > manifest.files[embedding.file].size:
             raise _damaged(self.folder, f"'{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
         used = (
@@ -96,18 +97,22 @@ class Bundle:
     def verify_hashes(self, *, trust_notes: bool = False) -> None:
         """Compare every file's sha256 with the manifest's.
 
-        What passed is noted in the user's cache folder. With `trust_notes`, such a file is not read
-        again while its path, size, inode and modification time stay the same.
+        What passed is noted here and in the user's cache folder. With `trust_notes`, such a file is not
+        read again while its path, size, inode and modification time stay the same.
         """
-        known = _read_known_digests()
+        known = _read_known_digests() | self._verified
         fresh = dict(known)
         for name, recorded in self.manifest.files.items():
             path = self.folder / name
-            key = _digest_key(path)
-            digest = (trust_notes and known.get(key)) or sha256_from_file(path)
+            try:
+                key = _digest_key(path)
+                digest = (trust_notes and known.get(key)) or sha256_from_file(path)
+            except OSError:
+                raise _damaged(self.folder, f"no file '{name}' that can be read") from None
             if digest != recorded.sha256:
                 raise _damaged(self.folder, f"'{name}' with other content than was exported (sha256 {digest[:12]}...)")
             fresh[key] = digest
+        self._verified = fresh
         if fresh != known:
             _write_known_digests(fresh)
 

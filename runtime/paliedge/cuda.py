@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from paliedge.errors import DeviceError, MissingExtraError
+from paliedge.errors import DeviceError, MissingExtraError, ResourceError
 
 try:
     from cuda.bindings import runtime as cudart
@@ -57,7 +57,8 @@ def gpu_info() -> GpuInfo:
     try:
         count = _call(cudart.cudaGetDeviceCount)
     except DeviceError as error:
-        raise _no_gpu(error.found) from None
+        driver, runtime = cuda_versions()
+        raise _no_gpu(f"{error.found} (driver for CUDA {driver}, bindings for {runtime})") from None
     if not count:
         raise _no_gpu("none")
     kinds = cudart.cudaDeviceAttr
@@ -72,6 +73,14 @@ def gpu_info() -> GpuInfo:
     name = _call(cudart.cudaGetDeviceProperties, 0).name.split(b"\0")[0].decode(errors="replace")
     free, total = _call(cudart.cudaMemGetInfo)
     return GpuInfo(name, f"{major}.{minor}", bool(integrated), free, total)
+
+
+def cuda_versions() -> tuple[str, str]:
+    """Of the driver, "none" without one, and of these bindings' runtime: the driver's must not be older."""
+    return tuple(  # type: ignore[return-value]  # there are two
+        f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+        for number in (_call(cudart.cudaDriverGetVersion), _call(cudart.cudaRuntimeGetVersion))
+    )
 
 
 def align(num_bytes: int) -> int:
@@ -213,17 +222,30 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call CUDA; returns what stands behind the error code: nothing, a value or a tuple.
 
     Raises:
+        ResourceError: there is no memory left.
         DeviceError: the call failed.
     """
     error, *values = function(*arguments)
     if error != cudart.cudaError_t.cudaSuccess:
         text = cudart.cudaGetErrorString(error)[1]
+        found = f"{getattr(error, 'name', error)}: {text.decode() if isinstance(text, bytes) else text}"
+        if error == cudart.cudaError_t.cudaErrorMemoryAllocation:
+            raise out_of_memory(found)
         raise DeviceError(
             expected=f"{function.__name__} to succeed",
-            found=f"{getattr(error, 'name', error)}: {text.decode() if isinstance(text, bytes) else text}",
+            found=found,
             action="Run `paliedge doctor`; a GPU that has failed once needs a new process.",
         )
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def out_of_memory(found: str) -> ResourceError:
+    """What to say where the GPU has no memory left."""
+    return ResourceError(
+        expected="enough memory of the GPU for engines, cache and activations",
+        found=found,
+        action="Close other programs, use --sequential to keep one engine at a time, or see `paliedge plan`.",
+    )
 
 
 def _no_gpu(found: str) -> DeviceError:

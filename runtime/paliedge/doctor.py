@@ -64,6 +64,7 @@ def examine(bundles: Sequence[Path], root: Path = Path("/")) -> list[Finding]:
         *_examine_system(root),
         *_examine_packages(onnxruntime),
         *(_examine_flavour(trt) for trt in flavours),
+        _examine_cuda(),
         _examine_gpu(gpu),
         *_examine_resources(bundles),
         *(finding for folder in bundles for finding in _examine_bundle(folder, engines, gpu, onnxruntime)),
@@ -151,6 +152,25 @@ def _examine_flavour(found: TensorRt | PaliEdgeError) -> Finding:
     return Finding(describe(found, ANY_GPU).rsplit(" ", 1)[0], found.version)
 
 
+def _examine_cuda() -> Finding:
+    """A driver may be newer than the bindings; older by a major version, nothing works."""
+    try:
+        from paliedge.cuda import cuda_versions
+
+        driver, runtime = cuda_versions()
+    except PaliEdgeError as error:
+        return Finding("driver", error.found, "note", error.action)
+    value = f"driver for CUDA {driver}, bindings for {runtime}"
+    if driver == "none":
+        return Finding("driver", value, "note", "Only needed to run on a GPU.")
+    if int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+        major = driver.split(".")[0]
+        return Finding(
+            "driver", value, "problem", f'Run `pip install "cuda-bindings=={major}.*"`, or update the driver.'
+        )
+    return Finding("driver", value)
+
+
 def _examine_gpu(gpu: GpuInfo | PaliEdgeError) -> Finding:
     if isinstance(gpu, PaliEdgeError):
         return Finding("gpu", gpu.found, "note", "Bundles run on the CPU; engines need an NVIDIA GPU and its driver.")
@@ -182,8 +202,11 @@ def _examine_bundle(
         return
     targets = ", ".join(f"{name} {target.precision}" for name, target in manifest.targets.items())
     yield Finding(topic, f"{manifest.producer.checkpoint}, graphs for {targets}")
+    for engine in manifest.engines:
+        built_for = f"{engine.flavour} {engine.version}, compute capability {engine.compute_capability}"
+        yield Finding("  engine", f"{built_for}, {engine.precision} from {engine.target}")
     findings = [_examine_engine(folder, manifest, trt, gpu) for trt in engines]
-    usable = any(finding.status == "ok" for finding in findings)
+    usable = any(finding.value.startswith("an engine that fits") for finding in findings)
     for finding in findings:
         yield finding._replace(status="note") if usable and finding.status == "problem" else finding
     try:
@@ -204,12 +227,15 @@ def _examine_engine(folder: Path, manifest: Manifest, trt: TensorRt, gpu: GpuInf
         engine = engine_for(manifest, trt)
         if engine is None:
             return _examine_missing_engine(topic, folder, manifest, trt)
-        check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.free_memory)
+        residency = check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.free_memory)
     except ResourceError as error:
         return Finding(topic, f"{error.found}, where it takes {error.expected}", "problem", error.action)
     except PaliEdgeError as error:
         return Finding(topic, error.found, "note", error.action)
-    return Finding(topic, f"an engine that fits, {engine.precision} from {engine.target}")
+    value = f"an engine that fits, {engine.precision} from {engine.target}"
+    if residency == "sequential":
+        return Finding(topic, f"{value}, one part at a time", "note", "Run it with --sequential, or close programs.")
+    return Finding(topic, value)
 
 
 def _examine_missing_engine(topic: str, folder: Path, manifest: Manifest, trt: TensorRt) -> Finding:

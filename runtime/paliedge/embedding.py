@@ -16,14 +16,11 @@ class EmbeddingTable:
     def __init__(self, bundle: Bundle) -> None:
         embedding = bundle.manifest.embedding
         shape = (embedding.rows, bundle.manifest.model.text.hidden_size)
-        self._is_bfloat16 = embedding.dtype == "bfloat16"  # the upper half of a float32; numpy has no such type
-        dtype = "uint16" if self._is_bfloat16 else embedding.dtype
-        self._table = np.memmap(bundle.path(embedding.file), dtype, "r", shape=shape)
+        self._table = np.memmap(bundle.path(embedding.file), embedding.dtype, "r", shape=shape)
         self._scale = np.float32(embedding.scale)
 
     def __call__(self, token_ids: Sequence[int]) -> FloatArray:
         """[S] ids -> [S, H] float32."""
-        rows: FloatArray = self._table[list(token_ids)]
-        rows = (rows.astype(np.uint32) << 16).view(np.float32) if self._is_bfloat16 else rows.astype(np.float32)
+        rows: FloatArray = self._table[list(token_ids)].astype(np.float32)
         rows *= self._scale
         return rows

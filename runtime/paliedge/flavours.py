@@ -64,12 +64,27 @@ class TensorRt:
         if flag is not None:
             config.set_flag(flag)
 
+    def new_context(self, engine: Any) -> Any:
+        """An execution context whose memory we own; None where TensorRT cannot make one.
+
+        TensorRT for RTX compiles kernels for the shapes at hand in the background, unless it is told to do
+        so at once: a CUDA graph would hold the slower ones that it uses meanwhile for ever.
+        """
+        strategy = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        kinds = getattr(self.module, "DynamicShapesKernelSpecializationStrategy", None)
+        if kinds is None:
+            return engine.create_execution_context(strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+        return engine.create_execution_context(config)
+
     def attach_timing_cache(self, config: Any, content: bytes) -> Any:
         """A timing cache for the builder; None in TensorRT for RTX, which measures nothing."""
         if self.compiles_on_device:
             return None
         cache = config.create_timing_cache(content)
-        if not config.set_timing_cache(cache, False):  # made by another version or on another GPU
+        if cache is None or not config.set_timing_cache(cache, False):  # made by another version or on another GPU
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, False)
         return cache

@@ -18,6 +18,8 @@ FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,9
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Precision = Literal["fp32", "fp16", "bf16"]
 Flavour = Literal["tensorrt", "rtx"]
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a tensor's element."""
 Dimension = Count | Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -108,12 +110,17 @@ class Limits(_Strict, frozen=True):
     prefix: Count
     new_tokens: Count
 
+    @property
+    def capacity(self) -> int:
+        """Rows of a KV cache."""
+        return self.prefix + self.new_tokens
+
 
 class Embedding(_Strict, frozen=True):
     """The embedding table [rows, hidden], kept on the host; a row times `scale` is an input embedding."""
 
     file: FileName
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Literal["float32", "float16"]
     rows: Count
     scale: float
 
@@ -180,6 +187,11 @@ class Engine(_Strict, frozen=True):
     vision_encoder: Plan
     decoder: Plan
     timing_cache: FileName | None
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all its files."""
+        return [self.vision_encoder.file, self.decoder.file, *filter(None, [self.timing_cache])]
 
 
 class Comparison(_Strict, frozen=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from paliedge.backends import BackendOptions, open_session
@@ -100,6 +101,14 @@ class PaliGemma:
         except BaseException:  # such as a cache that the GPU has no memory for
             session.close()
             raise
+
+    def __enter__(self) -> PaliGemma:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def has_device_clock(self) -> bool:

@@ -102,7 +102,7 @@ class OrtSession:
         manifest = bundle.manifest
         self._target = bundle.target(target)
         self._hidden_size = manifest.model.text.hidden_size
-        self._capacity = manifest.limits.prefix + manifest.limits.new_tokens
+        self._capacity = manifest.limits.capacity
         num_threads = num_threads or len(os.sched_getaffinity(0))
         self._vision = _load(bundle.path(self._target.vision_encoder.file), num_threads, provider)
         self._decoder = _load(bundle.path(self._target.decoder.file), num_threads, provider)

@@ -213,7 +213,7 @@ def cache_bytes(manifest: Manifest) -> int:
 
 
 def _capacity(manifest: Manifest) -> int:
-    return manifest.limits.prefix + manifest.limits.new_tokens
+    return manifest.limits.capacity
 
 
 def estimate_vision_workspace(model: Model) -> int:
@@ -288,8 +288,8 @@ def check_build_memory(manifest: Manifest, target_name: str, available_bytes: in
         )
 
 
-def check_run_memory(manifest: Manifest, room_bytes: int) -> None:
-    """Refuse a bundle whose engines cannot run, not even one at a time.
+def check_run_memory(manifest: Manifest, room_bytes: int) -> Residency:
+    """Whether both engines fit; a bundle whose engines cannot run, not even one at a time, is refused.
 
     Args:
         manifest: of an opened bundle.
@@ -301,7 +301,7 @@ def check_run_memory(manifest: Manifest, room_bytes: int) -> None:
     parameters = count_parameters(manifest)
     needed = estimate_memory(manifest, parameters, SCHEMES[0])
     if needed.sequential <= room_bytes:
-        return
+        return "both" if needed.both <= room_bytes else "sequential"
     fitting = [scheme for scheme in SCHEMES if estimate_memory(manifest, parameters, scheme).sequential <= room_bytes]
     advice = [f"Close other programs, or take a larger device: {_and(_boards_with(needed.sequential))}."]
     if fitting:

@@ -60,7 +60,8 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
             staging.chmod(0o755)
             for path in (*staging.iterdir(), staging):
                 _sync(path)
-            _replace_folder(staging, folder)
+            with _lock_folder(folder, wait=True):  # not while a build publishes its engines there
+                _replace_folder(staging, folder)
             _sync(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -113,18 +114,13 @@ def publish_engine(folder: Path, manifest: Manifest, staging: Path, engine: Engi
         (staging / name).replace(folder / name)
     _sync(folder)
     kept = tuple(other for other in manifest.engines if _key(other) != _key(engine))
-    named = {name for other in (*kept, engine) for name in engine_files(other)}
+    named = {name for other in (*kept, engine) for name in other.files}
     older = {name: file for name, file in manifest.files.items() if not name.endswith(_ENGINE_SUFFIXES)}
     older |= {name: file for name, file in manifest.files.items() if name in named}
     write_manifest(folder, msgspec.structs.replace(manifest, engines=(*kept, engine), files=older | files))
     for path in folder.iterdir():
         if path.suffix in _ENGINE_SUFFIXES and path.name not in named:
             path.unlink(missing_ok=True)
-
-
-def engine_files(engine: Engine) -> list[str]:
-    """Every file of an engine."""
-    return [engine.vision_encoder.file, engine.decoder.file, *filter(None, [engine.timing_cache])]
 
 
 def _key(engine: Engine) -> tuple[str, str, str]:

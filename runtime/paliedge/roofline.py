@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from paliedge.devices import Device
 from paliedge.errors import BundleError
-from paliedge.manifest import Manifest, Model, Precision, Text
+from paliedge.manifest import ITEMSIZE, Manifest, Model, Precision, Text
 
 _ITEMSIZE: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-_TABLE_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CACHE_ITEMSIZE = 2
 _CHANNELS = 3
 
@@ -91,7 +90,7 @@ def count_parameters(manifest: Manifest) -> Parameters:
 
 def _file_parameters(manifest: Manifest, name: str, precision: Precision) -> int:
     table = manifest.embedding
-    itemsize = _TABLE_ITEMSIZE[table.dtype] if name == table.file else _ITEMSIZE[precision]
+    itemsize = ITEMSIZE[table.dtype] if name == table.file else _ITEMSIZE[precision]
     return manifest.files[name].size // itemsize
 
 

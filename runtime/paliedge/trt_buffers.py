@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paliedge.cuda import DeviceBuffer, Graph, PinnedBuffer, Stream, align
-from paliedge.manifest import Target
+from paliedge.manifest import ITEMSIZE, Target
 from paliedge.trt_engine import Context
 
 
@@ -71,7 +71,7 @@ class CacheLayout:
         assert isinstance(dim, int)
         self.names = [tensor.name for tensor in caches]
         self.capacity = capacity
-        self.row_bytes = dim * {"float32": 4, "float16": 2, "bfloat16": 2}[caches[0].dtype]
+        self.row_bytes = dim * ITEMSIZE[caches[0].dtype]
         self.padded_heads = heads
         while self.padded_heads * self.row_bytes != align(self.padded_heads * self.row_bytes):
             self.padded_heads += 1

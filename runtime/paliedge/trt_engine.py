@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paliedge.cuda import Stream
-from paliedge.errors import DeviceError, EngineMismatchError
+from paliedge.cuda import Stream, out_of_memory
+from paliedge.errors import DeviceError, EngineMismatchError, ResourceError
 from paliedge.flavours import TensorRt, make_logger, quiet_deprecations
 from paliedge.manifest import Graph
 
+_OUT_OF_MEMORY = re.compile("out of memory|OutOfMemory|cudaErrorMemoryAllocation", re.IGNORECASE)
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
 
 
@@ -25,20 +27,25 @@ class LoadedEngine:
 
     Raises:
         EngineMismatchError: TensorRT refuses the plan, or it has other inputs and outputs.
+        ResourceError: it does not fit in the GPU's memory.
     """
 
     def __init__(self, trt: TensorRt, path: Path, graph: Graph) -> None:
         self._trt = trt
-        self._name = path.name
+        self._path = path
         self._messages: list[str] = []
         self._logger = make_logger(trt, self._messages)
         with quiet_deprecations():
             self._runtime = trt.module.Runtime(self._logger)
             with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
-            raise self._mismatch(f"{trt.module.__name__} {trt.version} to load it", "; ".join(self._messages))
-        self._check_tensors(graph)
+        try:
+            if self._engine is None:
+                raise self._refusal("; ".join(self._messages))
+            self._check_tensors(graph)
+        except BaseException:
+            self.close()  # or the exception's traceback would keep the runtime
+            raise
 
     def close(self) -> None:
         """Give its memory back; its contexts must be gone."""
@@ -60,13 +67,13 @@ class LoadedEngine:
 
     def new_context(self, profile: int, scratch: tuple[int, int], stream: Stream) -> Context:
         """A context whose activations lie in `scratch`, an address and a size in bytes that others may share."""
-        strategy = self._trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
         with quiet_deprecations():
-            context = self._engine.create_execution_context(strategy)
+            context = self._trt.new_context(self._engine)
         if context is None or not context.set_optimization_profile_async(profile, int(stream.handle)):
+            context = None  # or the exception would keep it, and it the engine
             raise self._failed("an execution context")
         context.set_device_memory(*scratch)
-        return Context(context, self._name, self._messages)
+        return Context(context, self._path.name, self._messages)
 
     def _tensor_names(self) -> list[str]:
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -78,13 +85,21 @@ class LoadedEngine:
             odd = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
             raise self._mismatch(f"the inputs and outputs of {graph.file}", f"a difference at '{odd}'")
 
+    def _refusal(self, found: str) -> EngineMismatchError | ResourceError:
+        """What to say where TensorRT gives no engine, and `found` as its reason."""
+        if _OUT_OF_MEMORY.search(found):
+            return out_of_memory(found)
+        return self._mismatch(f"{self._trt.module.__name__} {self._trt.version} to load it", found)
+
     def _mismatch(self, expected: str, found: str) -> EngineMismatchError:
         return EngineMismatchError(
-            expected=f"{self._name}: {expected}", found=found, action="Build it again: `paliedge build BUNDLE --force`."
+            expected=f"{self._path.name}: {expected}",
+            found=found,
+            action=f"Build it again: `paliedge build {self._path.parent} --force`.",
         )
 
     def _failed(self, expected: str) -> DeviceError:
-        return _failure(self._name, expected, self._messages)
+        return _failure(self._path.name, expected, self._messages)
 
 
 class Context:

@@ -8,8 +8,10 @@ read. Knows neither text nor pictures.
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from paliedge.bundle import Bundle
 from paliedge.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, gpu_info
-from paliedge.errors import DeviceError
+from paliedge.errors import DeviceError, UsageError
 from paliedge.flavours import TensorRt
 from paliedge.manifest import Engine
 from paliedge.session import FloatArray, IdRange, Step
@@ -81,9 +83,10 @@ class TrtSession:
         self._features_shape = (vision.num_image_tokens, text.hidden_size)
         self._pixels_shape = (1, 3, vision.image_size, vision.image_size)
         self._max_prefix = limits.prefix
-        self._layout = CacheLayout(self._target, limits.prefix + limits.new_tokens)
+        self._layout = CacheLayout(self._target, limits.capacity)
         self._lock = threading.RLock()
         self._owner = ExitStack()
+        self._closed = False
         self._idle_features: list[DeviceBuffer] = []
         self._caches: list[TrtCache] = []
         self._vision: LoadedVision | None = None
@@ -98,9 +101,14 @@ class TrtSession:
             self.close()
             raise
 
+    def __del__(self) -> None:
+        with suppress(Exception):  # a constructor that failed early, an interpreter that is going down
+            self.close()
+
     def close(self) -> None:
         """Give everything back to the GPU; nothing works afterwards."""
         with self._lock:
+            self._closed = True
             self._unload_vision()
             self._unload_decoder()
             self._caches.clear()
@@ -108,7 +116,7 @@ class TrtSession:
             self._owner.close()
 
     def encode_image(self, pixel_values: FloatArray) -> DeviceFeatures:
-        with self._lock:
+        with self._working():
             vision = self._load_vision()
             vision.pixels.content[: pixel_values.nbytes].view(np.float32)[:] = pixel_values.reshape(-1)
             self._start.record(self._stream)
@@ -118,7 +126,7 @@ class TrtSession:
             return DeviceFeatures(buffer, self._features_shape, self, self._finish())
 
     def new_cache(self) -> TrtCache:
-        with self._lock:
+        with self._working():
             hidden_size = self._features_shape[1]
             inputs = (
                 Small("inputs_embeds", np.float32, (1, 1, hidden_size)),
@@ -135,7 +143,7 @@ class TrtSession:
     def prefill(
         self, cache: TrtCache, image_features: DeviceFeatures, prompt_embeds: FloatArray, allowed: IdRange
     ) -> Step:
-        with self._lock:
+        with self._working():
             decoder = self._load_decoder()
             decoder.bind(cache, self._stream)
             length = len(prompt_embeds) + self._features_shape[0]
@@ -150,7 +158,7 @@ class TrtSession:
             return self._read_step(cache)
 
     def decode(self, cache: TrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
-        with self._lock:
+        with self._working():
             decoder = self._load_decoder()
             decoder.bind(cache, self._stream)
             cache.small.arrays["inputs_embeds"][0, 0] = inputs_embeds
@@ -172,7 +180,7 @@ class TrtSession:
 
     def read_features(self, features: DeviceFeatures) -> FloatArray:
         """Copy image features to the host."""
-        with self._lock, PinnedBuffer(4 * prod(features.shape)) as host:
+        with self._working(), PinnedBuffer(4 * prod(features.shape)) as host:
             self._stream.copy(host.address, features.buffer.address, 4 * prod(features.shape))
             self._stream.synchronize()
             array: FloatArray = host.content[: 4 * prod(features.shape)].view(np.float32)
@@ -221,11 +229,24 @@ class TrtSession:
     def _new_device(self, num_bytes: int) -> DeviceBuffer:
         return self._owner.enter_context(DeviceBuffer(num_bytes, self._stream))
 
+    def _checked(self, name: str) -> Path:
+        """A plan's path, its file being what it was when it was last read and checked."""
+        self._bundle.verify_hashes(trust_notes=True)
+        return self._bundle.path(name)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """The session to oneself, while it is open."""
+        with self._lock:
+            if self._closed:
+                raise UsageError(expected="an open model", found="one that was closed", action="Load the bundle again.")
+            yield
+
     def _load_vision(self) -> LoadedVision:
         if self._vision is None:
             if self._sequential:
                 self._unload_decoder()
-            path = self._bundle.path(self._engine.vision_encoder.file)
+            path = self._checked(self._engine.vision_encoder.file)
             engine = LoadedEngine(self._trt, path, self._target.vision_encoder)
             self._vision = LoadedVision(
                 engine, self._pixels_shape, self._features_shape, self._stream, integrated=self._integrated
@@ -242,7 +263,7 @@ class TrtSession:
         if self._decoder is None:
             if self._sequential:
                 self._unload_vision()
-            path = self._bundle.path(self._engine.decoder.file)
+            path = self._checked(self._engine.decoder.file)
             engine = LoadedEngine(self._trt, path, self._target.decoder)
             self._decoder = LoadedDecoder(
                 engine, self._target, self._layout, self._max_prefix, self._features_shape[1], self._stream

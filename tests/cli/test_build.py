@@ -25,7 +25,7 @@ from tests.cli.test_predict import LABELS, SCENE, run
 from tests.paths import SHAPES_CHECKPOINT
 
 COMMAND = [sys.executable, "-c", "from paliedge.cli import main; main()"]
-PART = re.compile(r"built (vision_encoder|decoder) in \d+ s, \d+\.\d GB of memory at its peak")
+PART = re.compile(r"built (vision_encoder|decoder) in \d+ s, \d+\.\d GB of host memory at its peak")
 
 
 def run_without_gpu(*arguments: object) -> subprocess.CompletedProcess[str]:

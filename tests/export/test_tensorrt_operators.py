@@ -104,6 +104,12 @@ RESULTS = dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEq
     "Shape": ("INT64",),
 }
 """Operators whose result has another type than what they work on."""
+OPERANDS = dict.fromkeys(
+    ("Expand", "GatherElements", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze",
+     "TensorScatter", "Unsqueeze"),
+    ("INT64",),
+) | {"Where": ("BOOL",)}  # fmt: skip
+"""Operators with an operand, shape, index or condition, of another type than what they work on."""
 WITH_RESTRICTION_BUT_NO_CHECK = {
     "AveragePool", "ConvTranspose", "DeformConv", "DequantizeLinear", "Dropout", "GridSample", "ImageScaler",
     "InstanceNormalization", "QuantizeLinear", "ScatterND", "TopK", "Resize", "NonMaxSuppression", "ScatterElements",
@@ -121,9 +127,10 @@ def find_faults(path: Path, target: str) -> list[str]:
         if node.domain not in ("", "ai.onnx") or allowed is None:
             faults.append(f"{node.name}: {node.domain or 'onnx'}.{node.op_type} is not on the list")
             continue
-        data = node.input[1 if node.op_type == "Where" else 0]
+        inputs = {walk.types.get(name, "unknown") for name in node.input if name}
         results = {walk.types.get(name, "unknown") for name in node.output}
-        odd = ({walk.types.get(data, "unknown")} - {*allowed}) | (results - {*allowed, *RESULTS.get(node.op_type, ())})
+        odd = inputs - {*allowed, *OPERANDS.get(node.op_type, ())}
+        odd |= results - {*allowed, *RESULTS.get(node.op_type, ())}
         faults += [f"{node.name}: {node.op_type} of {odd}"] if odd else []
         fault = RESTRICTIONS[node.op_type](walk, node) if node.op_type in RESTRICTIONS else ""
         faults += [f"{node.name}: {fault}"] if fault else []

@@ -96,8 +96,10 @@ class FakeCuda:
         """Let the `number`-th call from now on, of those names or of any that frees nothing, return an error."""
         self._fault = (number, error, names)
 
-    def forget_fault(self) -> None:
-        self._fault = None
+    def forget_fault(self) -> bool:
+        """Whether there was one to come."""
+        was_to_come, self._fault = self._fault is not None, None
+        return was_to_come
 
     def born(self, kind: str) -> None:
         self.live[kind] += 1
@@ -160,6 +162,12 @@ class FakeCuda:
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return OK, SimpleNamespace(name=b"Orin\0\0\0")
+
+    def cudaDriverGetVersion(self) -> tuple[Any, ...]:
+        return OK, 12060 if self.absent == OK else 0
+
+    def cudaRuntimeGetVersion(self) -> tuple[Any, ...]:
+        return OK, 12090
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
         return OK, self.free_memory, self.total_memory
@@ -330,7 +338,7 @@ class FakeCuda:
         return call
 
     def _obstacle(self, name: str) -> cudaError_t:
-        if self.absent != OK:
+        if self.absent != OK and name not in ("cudaDriverGetVersion", "cudaRuntimeGetVersion"):
             return self.absent
         if self._fault and (name in self._fault[2] if self._fault[2] else name not in FREEING):
             number, error, names = self._fault

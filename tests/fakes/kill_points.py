@@ -12,13 +12,16 @@ import signal
 import sys
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from paliedge.bundle import Bundle
 from paliedge.manifest import Engine
-from paliedge.publish import engine_files, engine_staging, publish_engine
+from paliedge.publish import engine_staging, publish_engine
 
+_OVERWRITES = 9
+"""Exit code of a publication that writes over a file of the bundle, of which a kill would leave half."""
 _STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "tempfile.mkdtemp"}
 
 
@@ -48,9 +51,13 @@ def run_until_step(folder: Path, number: int) -> bool:
     if process == 0:
         steps = count(1)
 
-        def die(event: str, arguments: object) -> None:
+        def die(event: str, arguments: tuple[Any, ...]) -> None:
             if event in _STEPS and next(steps) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                path = Path(arguments[0])
+                if path.parent == folder and path.is_file() and not path.name.startswith("."):
+                    os._exit(_OVERWRITES)
 
         sys.addaudithook(die)
         replace_engine(folder, "new")
@@ -67,8 +74,8 @@ def check_whole(folder: Path, source: Path, before: list[Engine], after: list[En
     assert list(bundle.manifest.engines) in (before, after)
     last = replace_engine(folder, "last")
     Bundle(folder).verify_hashes()
-    kept = {path.name for path in source.iterdir()} - set(engine_files(before[0]))
-    assert {path.name for path in folder.iterdir()} == kept | set(engine_files(last))
+    kept = {path.name for path in source.iterdir()} - set(before[0].files)
+    assert {path.name for path in folder.iterdir()} == kept | set(last.files)
 
 
 def main() -> None:

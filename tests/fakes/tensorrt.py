@@ -111,6 +111,12 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 2
 
 
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
 class TensorRtNetworkFlag(enum.IntEnum):
     EXPLICIT_BATCH = 0
     STRONGLY_TYPED = 1
@@ -332,6 +338,7 @@ def make_module(settings: Settings, runtime: Mapping[str, type] | None = None) -
             "BuilderFlag": RtxBuilderFlag if settings.is_rtx else TensorRtBuilderFlag,
             **{kind.__name__: kind for kind in (ILogger, IProgressMonitor, DataType, TensorIOMode, MemoryPoolType)},
             "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
+            **({kind.__name__: kind for kind in (DynamicShapesKernelSpecializationStrategy,) if settings.is_rtx}),
             **{kind.__name__: type(kind.__name__, (kind,), {"settings": settings}) for kind in (Builder, OnnxParser)},
             **(runtime or {}),
         }
@@ -345,8 +352,8 @@ def _report_progress(monitor: Any, seconds: float) -> None:
     monitor.phase_start("Building", None, num_steps)
     for step in range(num_steps):
         monitor.phase_start("Tactics", "Building", 2)
-        time.sleep(seconds / num_steps)
         monitor.step_complete("Tactics", 0)
         monitor.phase_finish("Tactics")
         assert monitor.step_complete("Building", step)
+        time.sleep(seconds / num_steps)
     monitor.phase_finish("Building")

@@ -17,7 +17,15 @@ from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.cuda_types import Operation, StreamHandle
 from tests.fakes.memory import GARBAGE
 from tests.fakes.onnx_reader import OnnxGraph, Tensor, read_onnx
-from tests.fakes.tensorrt import MAGIC, DataType, ExecutionContextAllocationStrategy, ILogger, Settings, TensorIOMode
+from tests.fakes.tensorrt import (
+    MAGIC,
+    DataType,
+    DynamicShapesKernelSpecializationStrategy,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    Settings,
+    TensorIOMode,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -75,6 +83,7 @@ class Runtime:
         self.cuda.reserved += plan["weight_bytes"]
         core = _Core(self.settings, self.cuda, self._logger, plan, read_onnx(Path(plan["onnx"])))
         kind = ScatterEngine if self.settings.has_tensor_scatter else Engine
+        kind = RtxEngine if self.settings.is_rtx else kind
         return kind(core, self)
 
     def _find_mistake(self, plan: dict[str, Any]) -> str:
@@ -86,7 +95,7 @@ class Runtime:
         if plan["compute_capability"] not in ("any", self.cuda.compute_capability):
             return f"The engine plan file is of an incompatible device, compute {plan['compute_capability']}"
         if plan["weight_bytes"] > self.cuda.free_memory:
-            return "Requested amount of GPU memory could not be allocated."
+            return "[defaultAllocator.cpp::allocate] Error Code 1: Cuda Runtime (out of memory)"
         return ""
 
     def __del__(self) -> None:
@@ -134,6 +143,33 @@ class ScatterEngine(Engine):
         return self._core.aliases.get(name)
 
 
+class RuntimeConfig:
+    """How a context of TensorRT for RTX shall work."""
+
+    def __init__(self) -> None:
+        self.strategy = ExecutionContextAllocationStrategy.STATIC
+        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
+
+
+class RtxEngine(ScatterEngine):
+    """Of TensorRT for RTX, which compiles kernels when it runs."""
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, strategy: RuntimeConfig | ExecutionContextAllocationStrategy) -> Any:
+        if not isinstance(strategy, RuntimeConfig):
+            return super().create_execution_context(strategy)
+        made = super().create_execution_context(strategy.strategy)
+        made.compiles_at_once = (
+            strategy.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return made
+
+
 class ExecutionContext:
     def __init__(self, core: _Core) -> None:
         self._core = core
@@ -142,6 +178,7 @@ class ExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._has_run = False
+        self.compiles_at_once = not core.settings.is_rtx
         core.num_contexts += 1
         core.cuda.born("context")
 
@@ -238,6 +275,8 @@ class ExecutionContext:
     def _check_capture(self) -> None:
         if not self._has_run:
             raise self._core.cuda.rules.broken("a first run with these shapes is captured; TensorRT is lazy in it")
+        if not self.compiles_at_once:
+            raise self._core.cuda.rules.broken("a captured context whose better kernels are still being compiled")
         if not self._core.plan["user_allocation"]:
             raise self._core.cuda.rules.broken("a captured engine that allocates by itself")
 

@@ -72,7 +72,7 @@ def broken_rules(text: str) -> Iterator[str]:
         yield "our commands first, and no telemetry"
     if texts(final, "ENTRYPOINT") != ['["paliedge"]']:
         yield "the entry point"
-    if not any(check.endswith('CMD ["paliedge", "doctor", "--json"]') for check in texts(final, "HEALTHCHECK")):
+    if not any(check.endswith('CMD ["paliedge", "info", "--json"]') for check in texts(final, "HEALTHCHECK")):
         yield "a health check"
     if [copied for copied in texts(final, "COPY") if copied.startswith("--from")] != [
         "--from=build /opt/paliedge /opt/paliedge"

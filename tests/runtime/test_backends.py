@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from paliedge import PaliGemma
-from paliedge.backends import BackendOptions, open_session
+from paliedge.backends import Backend, BackendOptions, open_session
 from paliedge.building import build_engine
 from paliedge.bundle import Bundle
 from paliedge.cli import main
@@ -91,6 +91,7 @@ def test_the_best_that_works_is_chosen(
         line = open_and_close(with_both_flavours)
     assert line.split(" (")[0] == expected
     assert ("not tensorrt" in line) == (tensorrt is None and rtx is None), "a reason only for what falls short"
+    assert "not rtx" not in line, "one reason is enough"
 
 
 def opens_anything(bundle: Bundle, target: str, num_threads: int, provider: str) -> OpenedOrt:
@@ -235,7 +236,6 @@ MISSING = pytest.mark.parametrize(
         (no_bindings, MissingExtraError, "no package cuda-bindings", 'pip install "paliedge[tensorrt]"'),
         (no_driver, DeviceError, "cudaErrorInsufficientDriver", "paliedge doctor"),
         (no_gpu, DeviceError, "cudaErrorNoDevice", "paliedge doctor"),
-        (no_room, DeviceError, "cudaErrorMemoryAllocation", "paliedge doctor"),
     ],
     ids=lambda value: getattr(value, "__name__", None) if callable(value) else None,
 )
@@ -250,6 +250,17 @@ def test_what_is_missing_is_said_once_with_its_fix_and_the_cpu_answers(
     assert line.startswith("using ONNX Runtime on the CPU (not tensorrt: ")
     assert words in line
     assert fix in line
+
+
+@pytest.mark.parametrize("backend", ["auto", "tensorrt"])
+def test_a_gpu_without_room_is_an_error_that_names_the_way_out(
+    backend: Backend, with_engine: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime would want the same memory."""
+    with no_room(tmp_path / "machine"), pytest.raises(ResourceError, match="cudaErrorMemoryAllocation") as caught:
+        open_session(Bundle(with_engine), BackendOptions(backend), pytest.fail)
+    assert caught.value.exit_code == 4
+    assert "--sequential" in caught.value.action
 
 
 @MISSING

@@ -14,7 +14,6 @@ from paliedge.bundle import Bundle
 from paliedge.errors import BuildError, DeviceError, EngineMismatchError, MissingExtraError, OutputError, ResourceError
 from paliedge.manifest import Engine
 from paliedge.planning import FreeMemory
-from paliedge.publish import engine_files
 from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.cuda_types import cudaError_t
 from tests.fakes.machine import Machine, fake_machine
@@ -39,7 +38,7 @@ def assert_whole(bundle: Path, exported: Path, engines: list[Engine]) -> None:
     opened = Bundle(bundle)
     opened.verify_hashes()
     assert list(opened.manifest.engines) == engines
-    named = {name for engine in engines for name in engine_files(engine)}
+    named = {name for engine in engines for name in engine.files}
     assert {path.name for path in bundle.iterdir()} == {path.name for path in exported.iterdir()} | named
     assert set(opened.manifest.files) == set(Bundle(exported).manifest.files) | named
 
@@ -144,7 +143,7 @@ def test_force_replaces_an_engine_and_leaves_no_strays(bundle: Path, bundles: di
         (bundle / "decoder.of-a-killed-build.plan").write_text("half a plan")
         (bundle / ".engines.new-abc").mkdir()
         second = build_engine(bundle, force=True)
-    assert not set(engine_files(first)[:2]) & set(engine_files(second))
+    assert not set(first.files[:2]) & set(second.files)
     assert len(machine.builds()) == 4
     assert_whole(bundle, bundles["paligemma2"], [second])
 
@@ -187,10 +186,17 @@ BUILDER_FAULTS = [
 
 @pytest.mark.parametrize(("fault", "part", "expected", "found"), BUILDER_FAULTS)
 def test_a_builder_that_fails_is_an_error_that_says_why(
-    fault: str, part: str, expected: str, found: str, bundle: Path, bundles: dict[str, Path], tmp_path: Path
+    fault: str,
+    part: str,
+    expected: str,
+    found: str,
+    built: dict[str, Path],
+    bundles: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
+    bundle = copy_bundle(built["paligemma2"], tmp_path)
+    before = list(Bundle(bundle).manifest.engines)
     with machine_with(tmp_path) as machine:
-        before = build_engine(bundle)
         machine.break_builder(fault, part)
         with pytest.raises(BuildError) as caught:
             build_engine(bundle, force=True)
@@ -198,9 +204,16 @@ def test_a_builder_that_fails_is_an_error_that_says_why(
         assert found in caught.value.found
         assert "something else that is no reason" not in caught.value.found, "a warning is no reason"
         assert "paliedge" in caught.value.action
-        assert_whole(bundle, bundles["paligemma2"], [before])
+        assert_whole(bundle, bundles["paligemma2"], before)
+
+
+def test_after_a_failure_the_next_build_is_as_any(bundle: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    with machine_with(tmp_path) as machine:
+        machine.break_builder("SIGSEGV", "decoder")
+        with pytest.raises(BuildError):
+            build_engine(bundle)
         machine.break_builder("")
-        assert_whole(bundle, bundles["paligemma2"], [build_engine(bundle, force=True)])
+        assert_whole(bundle, bundles["paligemma2"], [build_engine(bundle)])
 
 
 def test_what_a_library_prints_disturbs_nothing(bundle: Path, tmp_path: Path) -> None:

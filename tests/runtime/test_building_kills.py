@@ -16,7 +16,7 @@ import pytest
 
 from paliedge.building import build_engine
 from paliedge.bundle import Bundle
-from paliedge.publish import engine_files, wait_for_folder
+from paliedge.publish import wait_for_folder
 from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.machine import Machine, fake_machine
 from tests.paths import ROOT
@@ -104,7 +104,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle_and_no_child(bundle: Path, m
     assert interrupted > NUM_KILLS // 3, "the kills came between two builds"
     engine = build_engine(bundle, force=True)
     assert leftovers(bundle) == set()
-    assert set(engine_files(engine)) < set(Bundle(bundle).manifest.files)
+    assert set(engine.files) < set(Bundle(bundle).manifest.files)
 
 
 def test_a_child_that_builds_for_hours_ends_with_its_parent(bundle: Path, machine: Machine) -> None:
@@ -127,6 +127,19 @@ def test_an_interrupt_ends_the_child_and_leaves_nothing(bundle: Path, machine: M
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         process.wait(10)
+    assert_gone(machine.builds()[0]["process"])
+    assert leftovers(bundle) == set()
+
+
+def test_an_error_of_the_caller_ends_the_child(bundle: Path, machine: Machine) -> None:
+    """And does not wait for it."""
+
+    def fail(part: str, progress: float) -> None:
+        raise RuntimeError("no place to show progress")
+
+    machine.break_builder("", seconds=3600)
+    with pytest.raises(RuntimeError, match="no place"):
+        build_engine(bundle, on_progress=fail)
     assert_gone(machine.builds()[0]["process"])
     assert leftovers(bundle) == set()
 

@@ -93,6 +93,13 @@ class Bench:
         self.stream: StreamHandle = self.cuda.cudaStreamCreateWithFlags(1)[1]
         self.engine = module.Runtime(logger).deserialize_cuda_engine(build(module, graph, logger))
         self.strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if flavour == "rtx":
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(self.strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                module.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            self.strategy = config
         self.shapes = sizes(graph, 1, 8)
         self.addresses = {tensor: self.malloc() for tensor in map(self.engine.get_tensor_name, self._indices())}
         for output, source in read_onnx(graph).aliases.items():
@@ -297,6 +304,17 @@ def test_an_rtx_engine_that_allocates_by_itself_cannot_be_captured(
         bench.capture()
 
 
+def test_an_rtx_context_that_compiles_in_the_background_cannot_be_captured(
+    machines: Machine, graphs: Graphs, logger: Logger
+) -> None:
+    bench = Bench(machines, "rtx", graphs["in place"], logger)
+    bench.strategy = fake.ExecutionContextAllocationStrategy.USER_MANAGED
+    bench.context = bench.new_context()
+    assert bench.run()
+    with pytest.raises(Violation, match="still being compiled"):
+        bench.capture()
+
+
 def test_a_plan_is_good_for_its_version_and_gpu_only(machines: Machine, graphs: Graphs, logger: Logger) -> None:
     module: Any = machines.modules["tensorrt"]
     plan = build(module, graphs["in place"], logger)
@@ -379,14 +397,21 @@ def test_names_are_the_real_ones() -> None:
         "IOptimizationProfile": fake.Profile,
         "ITimingCache": fake.TimingCache,
         "Runtime": runtime.Runtime,
-        "ICudaEngine": runtime.ScatterEngine,
+        "ICudaEngine": runtime.RtxEngine,
+        "IRuntimeConfig": runtime.RuntimeConfig,
         "IExecutionContext": runtime.ExecutionContext,
         "ILogger": fake.ILogger,
     }
     for name, kind in classes.items():
-        public = {item for item in vars(kind) if not item.startswith("_")} - {"settings", "cuda", "entries"}
+        public = {item for item in dir(kind) if not item.startswith("_")} - {"settings", "cuda"}
         assert public <= set(dir(getattr(real, name))), name
-    for values in (fake.DataType, fake.TensorIOMode, fake.MemoryPoolType, fake.ExecutionContextAllocationStrategy):
+    for values in (
+        fake.DataType,
+        fake.TensorIOMode,
+        fake.MemoryPoolType,
+        fake.ExecutionContextAllocationStrategy,
+        fake.DynamicShapesKernelSpecializationStrategy,
+    ):
         assert {value.name for value in values} <= set(dir(getattr(real, values.__name__)))
     assert int(real.NetworkDefinitionCreationFlag.STRONGLY_TYPED) == fake.RtxNetworkFlag.STRONGLY_TYPED
     assert hasattr(real.BuilderFlag, "REQUIRE_USER_ALLOCATION")

@@ -123,6 +123,7 @@ def test_the_shipped_bundle_passes_on_the_cpu() -> None:
     assert 300 <= report.num_decodes < 600
     assert (report.graph_equal, report.gpu_growth, report.decode_device_ms) == (None, None, None)
     assert report.host_growth < 4 * MEGABYTE
+    assert report.decode_ms is not None
     assert min(report.decode_ms, report.prefill_ms, report.vision_ms) > 0
 
 
@@ -151,7 +152,7 @@ def test_without_a_graph_there_is_nothing_to_compare(gpu: type[FakeGpu]) -> None
     assert FakeGpu.num_opened == 1
 
 
-@pytest.mark.parametrize("error", [1e-6, -0.01, 5.0])
+@pytest.mark.parametrize("error", [0.003, -0.01, 5.0])
 def test_a_graph_that_changes_a_score_is_found(error: float, gpu: type[FakeGpu]) -> None:
     gpu.graph_error = error
     with pytest.raises(DeviceError, match=r"without; found others.*--no-cuda-graph"):
@@ -242,7 +243,7 @@ def test_verify_run_says_what_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend == "using ONNX Runtime on the CPU"
     assert growth.startswith("6")
     assert growth.endswith(" bytes on the host")
-    assert times.startswith("median ms: vision ")
+    assert times.startswith("ms: vision ")
     assert "CUDA graph" not in result.stdout
 
 

@@ -112,7 +112,8 @@ def _print_run(checked: RunReport) -> None:
         growth += f", {checked.gpu_growth} on the GPU"
     click.echo(f"{checked.num_decodes} decode steps: memory grew by {growth}")
     click.echo(
-        f"median ms: vision {checked.vision_ms:.2f}, prefill {checked.prefill_ms:.2f}, a token {checked.decode_ms:.2f}"
+        f"ms: vision {checked.vision_ms:.2f}, prefill {checked.prefill_ms:.2f} (median)"
+        + (f", a token {checked.decode_ms:.2f} (median)" if checked.decode_ms is not None else "")
     )
 
 

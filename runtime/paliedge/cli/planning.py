@@ -157,7 +157,10 @@ def _advice(plan: DevicePlan) -> str:
     targets = " or ".join(f"{name} ({TARGET_NAMES[name]})" for name in plan.device.targets)
     loaded = "both engines stay loaded"
     if best.residency == "sequential":
-        loaded = "one engine at a time, vision freed before the decoder loads, so that each image waits for two loads"
+        loaded = (
+            "one engine at a time (--sequential), vision freed before the decoder loads, "
+            "so that each image waits for two loads"
+        )
     return f"{best.precision} for {targets}; {loaded}{_build_advice(plan.device, best)}"
 
 
