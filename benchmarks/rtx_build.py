@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.machine import describe_machine
 from paliedge.building import (
-    DEFAULT_WORKSPACE,
     PARTS,
+    SMALLEST_WORKSPACE,
     Part,
     decoder_profiles,
     make_order,
@@ -54,7 +54,7 @@ def measure_build(bundle: Bundle, target: str, part: Part, work: Path) -> dict[s
         part
     ]
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        order = make_order(bundle, engine, part, Path(folder), DEFAULT_WORKSPACE)
+        order = make_order(bundle, engine, part, Path(folder), SMALLEST_WORKSPACE)
         cost = run_order(part, order, lambda name, progress: None)
         size = Path(order.plan).stat().st_size
     weights = sum(manifest.files[name].size for name in graph.weights)

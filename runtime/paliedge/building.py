@@ -27,11 +27,17 @@ from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError, Reso
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours, load_flavour
 from paliedge.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
 from paliedge.plan_builder import BuildCost, BuildEvent, BuildOrder
-from paliedge.planning import available_memory, check_build_memory, check_run_memory
+from paliedge.planning import (
+    available_memory,
+    check_build_memory,
+    check_run_memory,
+    estimate_decoder_workspace,
+    estimate_vision_workspace,
+)
 from paliedge.publish import engine_staging, publish_engine, wait_for_folder
 
-DEFAULT_WORKSPACE = 1 << 30
-"""Bytes that a kernel may use for itself; small, because on a Jetson they are the model's too."""
+SMALLEST_WORKSPACE = 1 << 30
+"""Bytes that a kernel may use for itself unless told; small, because on a Jetson they are the model's too."""
 _PROMPT_TOKENS = 16
 """Of the prompt that prefill is tuned for."""
 
@@ -45,7 +51,7 @@ def build_engine(
     folder: Path,
     flavour: Flavour | None = None,
     *,
-    workspace: int = DEFAULT_WORKSPACE,
+    workspace: int | None = None,
     force: bool = False,
     report: Report = lambda line: None,
     on_progress: Progress = lambda part, progress: None,
@@ -54,7 +60,8 @@ def build_engine(
 
     Args:
         flavour: the first that is installed unless given: TensorRT, then TensorRT for RTX.
-        workspace: bytes that a kernel may use besides weights and activations.
+        workspace: bytes that a kernel may use besides weights and activations; unless given 1 GiB, or
+            twice the largest activations where that is more.
         force: build even if the bundle has such an engine.
         report: gets a line a stage.
         on_progress: gets the part's name and how much of it is done, from 0 to 1.
@@ -79,6 +86,7 @@ def build_engine(
             report(f"the bundle has an engine for {describe(trt, capability)} already")
             return existing
         target = choose_target(bundle.manifest, trt)
+        workspace = workspace or _default_workspace(bundle.manifest)
         check_build_memory(bundle.manifest, target, sum(available_memory()))
         _check_that_it_will_run(bundle.manifest, trt, report)
         engine = Engine(
@@ -274,6 +282,12 @@ def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> Bui
             found = f"{found}: {noise[-1]}"
         action = failure.action or "Report this with `paliedge doctor --json`."
     return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
+
+
+def _default_workspace(manifest: Manifest) -> int:
+    """At 896 pixels one layer's scores alone take more than half a gigabyte, and a kernel may want them twice."""
+    largest = max(estimate_vision_workspace(manifest.model), estimate_decoder_workspace(manifest))
+    return max(SMALLEST_WORKSPACE, 2 * largest)
 
 
 def _check_that_it_will_run(manifest: Manifest, trt: TensorRt, report: Report) -> None:

@@ -143,6 +143,9 @@ class TrtSession:
     def prefill(
         self, cache: TrtCache, image_features: DeviceFeatures, prompt_embeds: FloatArray, allowed: IdRange
     ) -> Step:
+        features: DeviceFeatures | FloatArray = image_features
+        if isinstance(features, DeviceFeatures) and features._session is not self:
+            features = np.asarray(features)  # by its own session, which may be closed or busy
         with self._working():
             decoder = self._load_decoder()
             decoder.bind(cache, self._stream)
@@ -151,7 +154,7 @@ class TrtSession:
             cache.small.arrays["prefix_length"][0] = length
             cache.small.arrays["allowed_ids"][0] = allowed
             self._start.record(self._stream)
-            self._put_prefix(decoder, image_features, prompt_embeds)
+            self._put_prefix(decoder, features, prompt_embeds)
             cache.small.upload(self._stream)
             decoder.run_prefill(cache, length, self._stream)
             cache.small.download(self._stream)

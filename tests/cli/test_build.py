@@ -232,7 +232,7 @@ def test_options_reach_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("build", env={f"PALIEDGE_{name}": value for name, value in environment.items()}).exit_code == 1
     names = ("folder", "flavour", "workspace", "force")
     assert [tuple(one[name] for name in names) for one in asked] == [
-        (Path("B"), None, 1 << 30, False),
+        (Path("B"), None, None, False),
         (Path("B"), "rtx", 64 << 20, True),
         (Path("B"), "tensorrt", 2 << 20, True),
     ]

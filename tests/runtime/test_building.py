@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from paliedge import building
 from paliedge.building import build_engine
 from paliedge.bundle import Bundle
 from paliedge.errors import BuildError, DeviceError, EngineMismatchError, MissingExtraError, OutputError, ResourceError
@@ -89,6 +90,16 @@ def test_a_bundle_without_graphs_for_this_tensorrt_is_refused(bundle: Path, tmp_
     with machine, pytest.raises(EngineMismatchError, match="--target jetpack6") as caught:
         build_engine(bundle)
     assert caught.value.exit_code == 4
+
+
+def test_the_workspace_is_a_gigabyte_or_twice_the_largest_activations(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine_with(tmp_path) as machine:
+        build_engine(bundle)
+        monkeypatch.setattr(building, "estimate_decoder_workspace", lambda manifest: 800 << 20)
+        build_engine(bundle, force=True)
+    assert [build["workspace"] >> 20 for build in machine.builds()] == [1024, 1024, 1600, 1600]
 
 
 @pytest.mark.parametrize("tensorrt", ["10.3.0", "10.16.2"])

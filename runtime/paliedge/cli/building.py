@@ -28,17 +28,15 @@ _MEGABYTE = 1 << 20
 @click.option(
     "--workspace",
     type=click.IntRange(1),
-    default=1024,
-    show_default=True,
     envvar="PALIEDGE_WORKSPACE",
     show_envvar=True,
-    help="Megabytes that a kernel may use for itself; on a Jetson they are the model's too.",
+    help="Megabytes that a kernel may use for itself; 1024, or more for large pictures, unless given.",
 )
 @click.option(
     "--force", is_flag=True, envvar="PALIEDGE_FORCE", show_envvar=True, help="Build even if such an engine is there."
 )
 @json_option("The engine as JSON.")
-def build(bundle: Path, flavour: Flavour | None, workspace: int, force: bool, as_json: bool) -> None:
+def build(bundle: Path, flavour: Flavour | None, workspace: int | None, force: bool, as_json: bool) -> None:
     """Build BUNDLE's TensorRT engines for this machine and add them to it.
 
     They are good for the TensorRT and the GPU that they were built with; `paliedge plan` says beforehand
@@ -53,7 +51,7 @@ def build(bundle: Path, flavour: Flavour | None, workspace: int, force: bool, as
         engine = build_engine(
             bundle,
             flavour,
-            workspace=workspace * _MEGABYTE,
+            workspace=workspace * _MEGABYTE if workspace else None,
             force=force,
             report=status.report,
             on_progress=status.show_progress,
