@@ -71,6 +71,10 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
         except (MissingExtraError, DeviceError) as error:
             reasons.append(f"not {backend}: {error.found}. {error.action}")
         except EngineMismatchError as error:
+            if backend == "cpu" and reasons:  # the better backend's reason is the one to mend
+                raise EngineMismatchError(
+                    expected=error.expected, found=f"{error.found}; {reasons[0]}", action=error.action
+                ) from None
             if backend == "cpu":
                 raise
             if isinstance(error, _OtherEngineError):

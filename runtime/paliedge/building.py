@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     from paliedge.cuda import GpuInfo
 
 from paliedge.bundle import Bundle, describe_file
-from paliedge.errors import BuildError, EngineMismatchError, PaliEdgeError, ResourceError
-from paliedge.flavours import ANY_GPU, TensorRt, find_flavours, load_flavour
+from paliedge.errors import (
+    BuildError,
+    BundleError,
+    EngineMismatchError,
+    MissingExtraError,
+    PaliEdgeError,
+    ResourceError,
+)
+from paliedge.flavours import ANY_GPU, TARGETS, TensorRt, find_flavours, load_flavour
 from paliedge.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
 from paliedge.plan_builder import BuildCost, BuildEvent, BuildOrder
 from paliedge.planning import (
@@ -75,14 +82,18 @@ def build_engine(
         BuildError: the builder refused a graph, failed or was killed.
         OutputError: the bundle cannot be written to.
     """
-    trt = load_flavour(flavour) if flavour else _first_flavour()
-    capability, gpu = describe_gpu(trt)
     folder = folder.resolve()
-    Bundle(folder, check_hashes=False)
+    manifest = Bundle(folder, check_hashes=False, check_engines=False).manifest
+    try:
+        trt = load_flavour(flavour) if flavour else _first_flavour()
+    except MissingExtraError:
+        _check_that_it_is_for_gpus(manifest)  # or what is missing would have nothing to build
+        raise
+    capability, gpu = describe_gpu(trt)
     with wait_for_folder(folder, lambda: report("waiting for another build of this bundle")):
-        bundle = Bundle(folder)
+        bundle = Bundle(folder, check_engines=False)
         existing = find_engine(bundle.manifest, trt, capability)
-        if existing and not force:
+        if existing and not force and _is_whole(folder, report):
             report(f"the bundle has an engine for {describe(trt, capability)} already")
             return existing
         target = choose_target(bundle.manifest, trt)
@@ -214,7 +225,31 @@ def _first_flavour() -> TensorRt:
         if not isinstance(found, PaliEdgeError):
             return found
         errors.append(found)
-    raise errors[0]
+    raise MissingExtraError(
+        expected=" or ".join(error.expected for error in errors),
+        found="; ".join(error.found for error in errors),
+        action=f"{errors[0].action} For a desktop GPU: {errors[-1].action}",
+    )
+
+
+def _check_that_it_is_for_gpus(manifest: Manifest) -> None:
+    known = {name for names in TARGETS.values() for name in names}
+    if not known & set(manifest.targets):
+        raise EngineMismatchError(
+            expected=f"graphs for a target of TensorRT: {', '.join(sorted(known))}",
+            found=f"a bundle for {', '.join(manifest.targets)}",
+            action="Export it again: `paliedge export CHECKPOINT -o BUNDLE --target jetpack7`, or another of them.",
+        )
+
+
+def _is_whole(folder: Path, report: Report) -> bool:
+    """Whether the engines that the manifest names are there as they were built."""
+    try:
+        Bundle(folder)
+    except BundleError as error:
+        report(f"building again: {error.found}")
+        return False
+    return True
 
 
 def make_order(bundle: Bundle, engine: Engine, part: Part, staging: Path, workspace: int) -> BuildOrder:
@@ -307,7 +342,8 @@ def _take_timing_cache(bundle: Bundle, engine: Engine, staging: Path) -> None:
     """Start from what an earlier build of this flavour measured; TensorRT looks whether it fits."""
     for older in reversed(bundle.manifest.engines):
         if engine.timing_cache and older.timing_cache and older.flavour == engine.flavour:
-            shutil.copyfile(bundle.path(older.timing_cache), staging / engine.timing_cache)
+            with suppress(OSError):  # it is only a help
+                shutil.copyfile(bundle.path(older.timing_cache), staging / engine.timing_cache)
             return
 
 

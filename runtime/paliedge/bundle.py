@@ -22,13 +22,18 @@ class Bundle:
 
     Raises:
         BundleError: no bundle at `folder`, a manifest that is not valid, a file that is missing,
-            of another size, no regular file, or (with `check_hashes`) of another digest.
+            of another size, no regular file, or (with `check_hashes`) of another digest. Engines can be
+            built again: without `check_engines` their files are not looked at.
     """
 
-    def __init__(self, folder: Path, *, check_hashes: bool = True) -> None:
+    def __init__(self, folder: Path, *, check_hashes: bool = True, check_engines: bool = True) -> None:
         self.folder = folder
         self._verified: dict[str, str] = {}
         self.manifest = _read_manifest(folder)
+        self._engine_files = {name for engine in self.manifest.engines for name in engine.files}
+        self._files = {
+            name: file for name, file in self.manifest.files.items() if check_engines or name not in self._engine_files
+        }
         self._check_files(check_hashes)
 
     def path(self, name: str) -> Path:
@@ -60,16 +65,16 @@ class Bundle:
             named |= set(engine.files)
         if named - set(manifest.files):
             raise _damaged(self.folder, f"no size and digest for {', '.join(sorted(named - set(manifest.files)))}")
-        for name, recorded in manifest.files.items():
+        for name, recorded in self._files.items():
             path = self.folder / name
             try:
                 status = path.lstat()
             except OSError:
-                raise _damaged(self.folder, f"no file '{name}'") from None
+                raise self._damaged(name, f"no file '{name}'") from None
             if not stat.S_ISREG(status.st_mode):
-                raise _damaged(self.folder, f"'{name}' is no regular file")
+                raise self._damaged(name, f"'{name}' is no regular file")
             if status.st_size != recorded.size:
-                raise _damaged(self.folder, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
+                raise self._damaged(name, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
         self._check_numbers()
         if check_hashes:
             self.verify_hashes(trust_notes=True)
@@ -94,6 +99,15 @@ class Bundle:
         if manifest.limits.prefix <= manifest.model.vision.num_image_tokens:
             raise _damaged(self.folder, f"a prefix limit of {manifest.limits.prefix}, which leaves no prompt")
 
+    def _damaged(self, name: str, found: str) -> BundleError:
+        if name not in self._engine_files:
+            return _damaged(self.folder, found)
+        return BundleError(
+            expected=f"the engines of {self.folder} as they were built",
+            found=found,
+            action=f"Build them again: `paliedge build {self.folder} --force`; nothing was loaded.",
+        )
+
     def verify_hashes(self, *, trust_notes: bool = False) -> None:
         """Compare every file's sha256 with the manifest's.
 
@@ -102,15 +116,15 @@ class Bundle:
         """
         known = _read_known_digests() | self._verified
         fresh = dict(known)
-        for name, recorded in self.manifest.files.items():
+        for name, recorded in self._files.items():
             path = self.folder / name
             try:
                 key = _digest_key(path)
                 digest = (trust_notes and known.get(key)) or sha256_from_file(path)
             except OSError:
-                raise _damaged(self.folder, f"no file '{name}' that can be read") from None
+                raise self._damaged(name, f"no file '{name}' that can be read") from None
             if digest != recorded.sha256:
-                raise _damaged(self.folder, f"'{name}' with other content than was exported (sha256 {digest[:12]}...)")
+                raise self._damaged(name, f"'{name}' with other content than was exported (sha256 {digest[:12]}...)")
             fresh[key] = digest
         self._verified = fresh
         if fresh != known:

@@ -205,6 +205,9 @@ def _examine_bundle(
     for engine in manifest.engines:
         built_for = f"{engine.flavour} {engine.version}, compute capability {engine.compute_capability}"
         yield Finding("  engine", f"{built_for}, {engine.precision} from {engine.target}")
+    if not manifest.engines and any(name != "cpu" for name in manifest.targets):
+        command = f"`paliedge build {folder}` on the machine that will run them."
+        yield Finding("  engine", "none yet", "note", command)
     findings = [_examine_engine(folder, manifest, trt, gpu) for trt in engines]
     usable = any(finding.value.startswith("an engine that fits") for finding in findings)
     for finding in findings:

@@ -20,7 +20,7 @@ ANY_GPU = "any"
 """The compute capability of a plan that is compiled for its device when it is loaded."""
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 _OLDEST = (10, 3)
-_TARGETS: dict[Flavour, tuple[str, ...]] = {
+TARGETS: dict[Flavour, tuple[str, ...]] = {
     "tensorrt": ("jetpack7", "rtx", "jetpack6"),
     "rtx": ("rtx", "jetpack7", "jetpack6"),
 }
@@ -46,7 +46,7 @@ class TensorRt:
         """The targets whose graphs it can build, best first."""
         if self.flavour == "tensorrt" and _parse(self.version) < _FIRST_WITH_TENSOR_SCATTER:
             return ("jetpack6",)
-        return _TARGETS[self.flavour]
+        return TARGETS[self.flavour]
 
     @property
     def compiles_on_device(self) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from paliedge.backends import BackendOptions
 from paliedge.building import probe_gpu
 from paliedge.bundle import Bundle
-from paliedge.errors import DeviceError, PaliEdgeError
+from paliedge.errors import DeviceError, EngineMismatchError, PaliEdgeError
 from paliedge.golden import GoldenReport, load_golden, verify_golden
 from paliedge.model import PaliGemma
 
@@ -81,6 +81,12 @@ def check_run(bundle: Bundle, options: BackendOptions, num_decodes: int = NUM_DE
         ) as model:
             without_graph = _answer_all(bundle, model) if model.has_device_clock else None
     with closing(PaliGemma.load(bundle.folder, options, report=lines.append)) as model:
+        if bundle.manifest.engines and options.backend == "auto" and not model.has_device_clock:
+            raise EngineMismatchError(
+                expected="one of the bundle's engines to run",
+                found=lines[-1],
+                action=f"Run `paliedge doctor {bundle.folder}`; for ONNX Runtime alone use --backend cpu.",
+            )
         golden = verify_golden(bundle, model)
         graph_equal = None if without_graph is None else _are_equal(without_graph, _answer_all(bundle, model))
         if graph_equal is False:

@@ -17,6 +17,7 @@ import pytest
 
 from paliedge.bundle import Bundle
 from paliedge.cli import main
+from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import BuildError
 from paliedge.manifest import MANIFEST
 from paliedge.model import SHIPPED_BUNDLE
@@ -210,12 +211,45 @@ def test_errors_have_their_exit_code(arguments: list[object], exit_code: int, wo
     [("tensorrt", "tensorrt", "apt install"), ("rtx", "tensorrt_rtx", 'pip install "paliedge[rtx]"')],
 )
 def test_a_flavour_that_is_not_installed_is_told_how_to_be(
-    flavour: str, module: str, action: str, monkeypatch: pytest.MonkeyPatch
+    flavour: str, module: str, action: str, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    result = run("build", SHIPPED_BUNDLE, "--flavour", flavour)
+    result = run("build", exported, "--flavour", flavour)
     assert (result.exit_code, result.stdout) == (1, "")
     assert action in result.stderr
+    result = run("build", SHIPPED_BUNDLE, "--flavour", flavour)
+    assert result.exit_code == 4, "it has nothing to build anyway"
+    assert "found a bundle for cpu" in result.stderr
+
+
+def test_without_any_tensorrt_both_ways_to_one_are_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    result = run("build", exported)
+    assert result.exit_code == 1
+    assert "apt install" in result.stderr
+    assert 'pip install "paliedge[rtx]"' in result.stderr
+
+
+@pytest.mark.parametrize("harm", ["lost", "longer", "altered"])
+def test_an_engine_that_is_not_as_it_was_built_is_refused_and_built_again(
+    harm: str, built: Built, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(built.folder, folder)
+    plan = next(folder.glob("decoder.*.plan"))
+    content = bytearray(plan.read_bytes())
+    plan.unlink()
+    if harm != "lost":
+        content[1000] ^= 1
+        plan.write_bytes(content + (b"more" if harm == "longer" else b""))
+    result = run("detect", DEMO_SCENES / "scene-1.png", "yellow star", "-m", folder)
+    assert result.exit_code == 3
+    assert f"paliedge build {folder}" in result.stderr
+    result = run("build", folder, "--flavour", "rtx")
+    assert result.exit_code == 0
+    assert "building again" in result.stderr
+    assert run("detect", DEMO_SCENES / "scene-1.png", "yellow star", "-m", folder).exit_code == 0
 
 
 def test_options_reach_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from tests.fakes.onnx_reader import OnnxGraph, read_onnx
 
 MAGIC = b"FAKEPLAN"
+GO = "go"
 FIRST_WITH_TENSOR_SCATTER = (10, 15)
 _MAX_OPSET_BEFORE = 20
 _Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -32,7 +33,7 @@ class Settings:
     Attributes:
         fault: "parser", "refuses", "no builder", "SIGKILL", "SIGSEGV", "exit", "says nothing" or "noise".
         part: the start of the names of the graphs that the fault is about.
-        seconds: that a build takes.
+        seconds: that a build takes, unless a file called `GO` appears beside the log.
         log: a file that gets a line of JSON a build.
     """
 
@@ -274,7 +275,7 @@ class Builder(_OfAModule):
             self._logger.log(ILogger.WARNING, "something else that is no reason")
             self._logger.log(ILogger.ERROR, found)
             return None
-        _report_progress(config.progress_monitor, settings.seconds)
+        _report_progress(config.progress_monitor, settings.seconds, Path(settings.log).with_name(GO))
         if config.timing_cache:
             config.timing_cache.entries.append(path.name)
         plan = {
@@ -346,7 +347,7 @@ def make_module(settings: Settings, runtime: Mapping[str, type] | None = None) -
     return made
 
 
-def _report_progress(monitor: Any, seconds: float) -> None:
+def _report_progress(monitor: Any, seconds: float, go: Path) -> None:
     """One phase of four steps, a step having phases of its own, as TensorRT has."""
     num_steps = 4
     monitor.phase_start("Building", None, num_steps)
@@ -355,5 +356,7 @@ def _report_progress(monitor: Any, seconds: float) -> None:
         monitor.step_complete("Tactics", 0)
         monitor.phase_finish("Tactics")
         assert monitor.step_complete("Building", step)
-        time.sleep(seconds / num_steps)
+        end = time.monotonic() + seconds / num_steps
+        while time.monotonic() < end and not go.exists():
+            time.sleep(0.01)
     monitor.phase_finish("Building")

@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from tests.fakes import tensorrt as fake
-from tests.fakes import tensorrt_engine as runtime
 from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.cuda_types import StreamHandle, cudaStreamCaptureMode
 from tests.fakes.machine import Machine, fake_machine
@@ -365,53 +363,3 @@ def test_profiles_and_timing_caches_that_do_not_fit_are_refused(tmp_path: Path) 
     older = fake.BuilderConfig(replace(settings, version="10.2.0")).create_timing_cache(b"").serialize()
     assert not config.set_timing_cache(config.create_timing_cache(older), False)
     assert config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def test_graphs_are_read_as_onnx_reads_them(bundles: dict[str, Path]) -> None:
-    paths = sorted(bundles["paligemma2"].glob("*.onnx"))
-    assert len(paths) == 4
-    for path in paths:
-        found, model = read_onnx(path), onnx.load(path, load_external_data=False)
-        assert found.opset == next(opset.version for opset in model.opset_import if not opset.domain)
-        assert found.operators == {node.op_type for node in model.graph.node}
-        for tensors, infos in ((found.inputs, model.graph.input), (found.outputs, model.graph.output)):
-            assert [tensor.name for tensor in tensors] == [info.name for info in infos]
-            assert [tensor.shape for tensor in tensors] == [
-                tuple(size.dim_param or size.dim_value for size in info.type.tensor_type.shape.dim) for info in infos
-            ]
-        assert bool(found.aliases) == (path.name == "decoder.opset24.onnx")
-        assert found.weight_files == {f"{path.name.split('.')[0]}.fp16.weights"} | (
-            {"embed_tokens.fp16.weights"} if "decoder" in path.name else set()
-        )
-
-
-def test_names_are_the_real_ones() -> None:
-    """TensorRT for RTX is of TensorRT 11's generation and can be imported without a GPU."""
-    import tensorrt_rtx as real
-
-    classes: dict[str, type] = {
-        "Builder": fake.Builder,
-        "OnnxParser": fake.OnnxParser,
-        "ParserError": fake.ParserError,
-        "IBuilderConfig": fake.BuilderConfig,
-        "IOptimizationProfile": fake.Profile,
-        "ITimingCache": fake.TimingCache,
-        "Runtime": runtime.Runtime,
-        "ICudaEngine": runtime.RtxEngine,
-        "IRuntimeConfig": runtime.RuntimeConfig,
-        "IExecutionContext": runtime.ExecutionContext,
-        "ILogger": fake.ILogger,
-    }
-    for name, kind in classes.items():
-        public = {item for item in dir(kind) if not item.startswith("_")} - {"settings", "cuda"}
-        assert public <= set(dir(getattr(real, name))), name
-    for values in (
-        fake.DataType,
-        fake.TensorIOMode,
-        fake.MemoryPoolType,
-        fake.ExecutionContextAllocationStrategy,
-        fake.DynamicShapesKernelSpecializationStrategy,
-    ):
-        assert {value.name for value in values} <= set(dir(getattr(real, values.__name__)))
-    assert int(real.NetworkDefinitionCreationFlag.STRONGLY_TYPED) == fake.RtxNetworkFlag.STRONGLY_TYPED
-    assert hasattr(real.BuilderFlag, "REQUIRE_USER_ALLOCATION")

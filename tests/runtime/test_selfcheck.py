@@ -18,7 +18,7 @@ from paliedge import building, model, selfcheck
 from paliedge.backends import BackendOptions
 from paliedge.bundle import Bundle, describe_file
 from paliedge.cuda import GpuInfo
-from paliedge.errors import BundleError, DeviceError
+from paliedge.errors import BundleError, DeviceError, EngineMismatchError
 from paliedge.golden import GoldenReport
 from paliedge.manifest import write_manifest
 from paliedge.model import SHIPPED_BUNDLE
@@ -282,3 +282,12 @@ def limit_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
         return honest(bundle, options, NUM_DECODES)
 
     monkeypatch.setattr(selfcheck, "check_run", check_briefly)
+
+
+def test_an_engine_that_does_not_run_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a board whose driver is broken ONNX Runtime's answers say nothing of the engine."""
+    bundle = Bundle(SHIPPED_BUNDLE)
+    monkeypatch.setattr(bundle, "manifest", msgspec.structs.replace(bundle.manifest, engines=("an engine",)))
+    with pytest.raises(EngineMismatchError, match="one of the bundle's engines to run"):
+        check_run(bundle, BackendOptions(use_cuda_graph=False), 1)
+    assert check_run(bundle, BackendOptions("cpu", use_cuda_graph=False), 1).golden is not None
