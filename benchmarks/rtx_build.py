@@ -18,18 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from paliedge.building import (
-    PARTS,
-    SMALLEST_WORKSPACE,
-    Part,
-    decoder_profiles,
-    make_order,
-    run_order,
-    vision_profiles,
-)
+from paliedge.building import PARTS, SMALLEST_WORKSPACE, Part, design_engine, make_order, run_order
 from paliedge.bundle import Bundle
 from paliedge.flavours import ANY_GPU, load_flavour
-from paliedge.manifest import Engine, Plan
 
 TARGETS = ("jetpack6", "jetpack7")
 """`rtx` has jetpack7's graphs."""
@@ -38,18 +29,8 @@ LARGEST_RATIO = 1.05
 
 def measure_build(bundle: Bundle, target: str, part: Part, work: Path) -> dict[str, Any]:
     """Build one plan; sizes in bytes."""
-    manifest, version = bundle.manifest, load_flavour("rtx").version
-    engine = Engine(
-        target=target,
-        flavour="rtx",
-        version=version,
-        compute_capability=ANY_GPU,
-        gpu="none",
-        precision=manifest.targets[target].precision,
-        vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(manifest, target)),
-        decoder=Plan(file="decoder.plan", profiles=decoder_profiles(manifest, target)),
-        timing_cache=None,
-    )
+    manifest, trt = bundle.manifest, load_flavour("rtx")
+    engine = design_engine(manifest, trt, target, ANY_GPU, "none")
     graph = {"vision_encoder": manifest.targets[target].vision_encoder, "decoder": manifest.targets[target].decoder}[
         part
     ]
@@ -62,7 +43,7 @@ def measure_build(bundle: Bundle, target: str, part: Part, work: Path) -> dict[s
         "target": target,
         "part": part,
         "precision": engine.precision,
-        "tensorrt_rtx": version,
+        "tensorrt_rtx": trt.version,
         "num_profiles": len(order.profiles),
         "seconds": round(cost.seconds, 1),
         "peak_memory": cost.peak_memory,

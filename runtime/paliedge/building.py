@@ -100,17 +100,7 @@ def build_engine(
         workspace = workspace or _default_workspace(bundle.manifest)
         check_build_memory(bundle.manifest, target, sum(available_memory()))
         _check_that_it_will_run(bundle.manifest, trt, report)
-        engine = Engine(
-            target=target,
-            flavour=trt.flavour,
-            version=trt.version,
-            compute_capability=capability,
-            gpu=gpu,
-            precision=bundle.manifest.targets[target].precision,
-            vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(bundle.manifest, target)),
-            decoder=Plan(file="decoder.plan", profiles=decoder_profiles(bundle.manifest, target)),
-            timing_cache=None if trt.compiles_on_device else "engine.timing",
-        )
+        engine = design_engine(bundle.manifest, trt, target, capability, gpu)
         with engine_staging(folder) as staging:
             _take_timing_cache(bundle, engine, staging)
             for part in PARTS:
@@ -122,6 +112,21 @@ def build_engine(
             engine = _name_files(engine, staging)
             publish_engine(folder, bundle.manifest, staging, engine)
     return engine
+
+
+def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: str, gpu: str) -> Engine:
+    """What is to be built from a target's graphs, its files not yet named after their content."""
+    return Engine(
+        target=target,
+        flavour=trt.flavour,
+        version=trt.version,
+        compute_capability=capability,
+        gpu=gpu,
+        precision=manifest.targets[target].precision,
+        vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(manifest, target)),
+        decoder=Plan(file="decoder.plan", profiles=decoder_profiles(manifest, target)),
+        timing_cache=None if trt.compiles_on_device else "engine.timing",
+    )
 
 
 def describe(trt: TensorRt, capability: str) -> str:
