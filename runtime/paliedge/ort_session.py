@@ -12,7 +12,7 @@ import numpy.typing as npt
 from paliedge.bundle import Bundle
 from paliedge.errors import BundleError, EngineMismatchError, MissingExtraError
 from paliedge.manifest import Target
-from paliedge.session import FloatArray, IdRange, Step
+from paliedge.session import FloatArray, IdRange, Step, present_name
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 """Wheels from 1.29 on write a device id into the user's cache and look for a server. Not from a robot."""
@@ -76,7 +76,7 @@ class OrtCache:
             _bind_output(binding, name, getattr(self, name))
         for name, buffer in self.buffers.items():
             binding.bind_cpu_input(name, buffer)
-            _bind_output(binding, _present(name), self.rows.get(name, buffer))
+            _bind_output(binding, present_name(name), self.rows.get(name, buffer))
         return binding
 
 
@@ -144,7 +144,7 @@ class OrtSession:
         }
         outputs = dict(zip(self._prefill_outputs, self._decoder.run(self._prefill_outputs, inputs), strict=True))
         for name, buffer in cache.buffers.items():
-            buffer[:, :, :length] = outputs[_present(name)]
+            buffer[:, :, :length] = outputs[present_name(name)]
         return Step(int(outputs["next_token"][0]), float(outputs["log_prob"][0]))
 
     def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
@@ -162,10 +162,6 @@ def available_providers() -> list[str]:
     """What this build of ONNX Runtime could run on, whether or not the hardware is there."""
     providers: list[str] = ort.get_available_providers()
     return providers
-
-
-def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.")
 
 
 def _load(path: Path, num_threads: int, provider: Literal["cpu", "cuda"]) -> ort.InferenceSession:

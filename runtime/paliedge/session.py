@@ -55,3 +55,8 @@ class Session(Protocol[CacheT, FeaturesT]):
     def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
         """Append one token inputs_embeds [H]; returns the next one."""
         ...
+
+
+def present_name(past: str) -> str:
+    """The cache output that belongs to the cache input `past_key_values.N.key` or `.value`."""
+    return past.replace("past_key_values.", "present.")

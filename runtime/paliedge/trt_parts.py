@@ -10,6 +10,7 @@ import numpy as np
 from paliedge.cuda import DeviceBuffer, PinnedBuffer, Stream
 from paliedge.errors import EngineMismatchError
 from paliedge.manifest import Target
+from paliedge.session import present_name
 from paliedge.trt_buffers import CacheLayout, TrtCache
 from paliedge.trt_engine import LoadedEngine
 
@@ -128,11 +129,11 @@ class LoadedDecoder:
             addresses = layout.addresses(cache.memory.address, layout.capacity)
         else:
             addresses = layout.addresses(self._rows.address, length)
-        return {_present(name): address for name, address in addresses.items()}
+        return {present_name(name): address for name, address in addresses.items()}
 
     def _check_aliases(self) -> None:
         """The engine's idea of what lies in one place must be ours."""
-        wanted = {_present(name): name for name in self._layout.names} if self._in_place else {}
+        wanted = {present_name(name): name for name in self._layout.names} if self._in_place else {}
         found = self._engine.aliases
         if found is not None and found != wanted:
             raise EngineMismatchError(
@@ -147,7 +148,3 @@ class LoadedDecoder:
             host.content[: 8 * count].view(np.int64)[:] = np.arange(1, count + 1)
             stream.copy(self._positions.address, host.address, 8 * count)
             stream.synchronize()
-
-
-def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.")
