@@ -241,6 +241,27 @@ def test_no_plan_is_loaded_where_one_has_a_changed_byte(
 
 
 @TWO_BOARDS
+@pytest.mark.parametrize("harm", ["changed", "gone"])
+def test_one_engine_at_a_time_is_checked_at_every_load(
+    harm: str, machine: Machine, built: dict[str, Path], tmp_path: Path, target: str, deserialized: list[bytes]
+) -> None:
+    bundle = copy_bundle(built["paligemma"], tmp_path)
+    with closing(load(bundle, sequential=True)) as model:
+        model.caption(IMAGES[0], max_new_tokens=2)
+        engine = next(engine for engine in Bundle(bundle).manifest.engines if engine.target == target)
+        plan = bundle / engine.vision_encoder.file
+        content = bytearray(plan.read_bytes())
+        content[len(content) // 2] ^= 1
+        plan.unlink()
+        if harm == "changed":
+            plan.write_bytes(content)
+        deserialized.clear()
+        with pytest.raises(BundleError, match=plan.name):
+            model.caption(IMAGES[0], max_new_tokens=2)
+        assert deserialized == []
+
+
+@TWO_BOARDS
 def test_a_plan_that_tensorrt_refuses_is_a_mismatch_with_its_own_words(
     machine: Machine, built: dict[str, Path], tmp_path: Path, target: str
 ) -> None:
