@@ -2,6 +2,8 @@
 
     python -m benchmarks.make_checkpoint /path/checkpoint --model paligemma-3b
     python -m benchmarks.export_memory /path/checkpoint --work /path/with/space
+    python -m benchmarks.export_memory /path/checkpoint --work /path/with/space --calibrate IMAGES \\
+        --precision int8 --precision int4 --results benchmarks/results/export_memory_quantized.json
 
 Each export runs in a process of its own with the comparison off. `peak_rss` is what the system
 counted (ru_maxrss); `peak_anonymous` and `peak_file_backed` are sampled apart, and their sum is no
@@ -25,9 +27,10 @@ from benchmarks.machine import describe_machine
 _INTERVAL_S = 0.05
 
 
-def measure_export(checkpoint: Path, output: Path, precision: str) -> dict[str, Any]:
+def measure_export(checkpoint: Path, output: Path, precision: str, calibrate: Path | None) -> dict[str, Any]:
     """Export in a child process and watch it; sizes in bytes."""
     command = [sys.executable, "-m", "benchmarks.export_memory", str(checkpoint), "--child", str(output), precision]
+    command += ["--calibrate", str(calibrate)] if calibrate else []
     started = time.perf_counter()
     peaks = {"RssAnon": 0, "RssFile": 0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -53,12 +56,12 @@ def measure_export(checkpoint: Path, output: Path, precision: str) -> dict[str, 
     }
 
 
-def _run_child(checkpoint: Path, output: str, precision: str) -> None:
-    from paliedge_export.exporter import export_bundle
+def _run_child(checkpoint: Path, output: str, precision: str, calibrate: Path | None) -> None:
+    from paliedge_export.exporter import Quantization, export_bundle
     from paliedge_export.weights import DTYPES
 
     chosen = next(name for name in DTYPES if name == precision)
-    export_bundle(str(checkpoint), Path(output), precision=chosen, compare=False)
+    export_bundle(str(checkpoint), Path(output), precision=chosen, quantization=Quantization(calibrate), compare=False)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -78,17 +81,19 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, default=Path(), help="folder for the bundles, which are deleted")
     parser.add_argument("--precision", action="append", help="fp32 and fp16 unless told")
+    parser.add_argument("--calibrate", type=Path, help="images for int8 and int4")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/export_memory.json"))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        _run_child(arguments.checkpoint, *arguments.child)
+        output, precision = arguments.child
+        _run_child(arguments.checkpoint, output, precision, arguments.calibrate)
         return
     exports = []
     for precision in arguments.precision or ("fp32", "fp16"):
         output = arguments.work / f"export-memory-{precision}"
         try:
-            exports.append(measure_export(arguments.checkpoint, output, precision))
+            exports.append(measure_export(arguments.checkpoint, output, precision, arguments.calibrate))
         finally:
             shutil.rmtree(output, ignore_errors=True)
         print(json.dumps(exports[-1]), flush=True)

@@ -3,6 +3,7 @@
     python -m benchmarks.make_checkpoint /path/checkpoint --model paligemma-3b
     paliedge export /path/checkpoint -o /path/bundle --target jetpack6 --target jetpack7 --no-compare
     python -m benchmarks.rtx_build /path/bundle
+    python -m benchmarks.rtx_build /path/int8 /path/int4 --results benchmarks/results/rtx_build_precisions.json
 
 TensorRT for RTX builds without a GPU, so this is what one can know without a board: that the graphs are
 taken at this size, and how much memory that asks for. Each plan is built in a process of its own and
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +58,16 @@ def measure_build(bundle: Bundle, target: str, part: Part, work: Path) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--work", type=Path, default=Path(), help="folder for the plans, which are deleted")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/rtx_build.json"))
     arguments = parser.parse_args()
-    bundle = Bundle(arguments.bundle)
+    bundles = [Bundle(folder) for folder in arguments.bundles]
     builds = []
-    for target in TARGETS:
-        for part in PARTS:
-            builds.append(measure_build(bundle, target, part, arguments.work))
-            print(json.dumps(builds[-1]), flush=True)
-    content = {"machine": describe_machine(), "checkpoint": bundle.manifest.producer.checkpoint, "builds": builds}
+    for bundle, target, part in product(bundles, TARGETS, PARTS):
+        builds.append(measure_build(bundle, target, part, arguments.work))
+        print(json.dumps(builds[-1]), flush=True)
+    content = {"machine": describe_machine(), "checkpoint": bundles[0].manifest.producer.checkpoint, "builds": builds}
     arguments.results.write_text(json.dumps(content, indent=2) + "\n")
     odd = [build for build in builds if build["engine_per_weight"] > LARGEST_RATIO]
     if odd:

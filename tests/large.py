@@ -1,7 +1,4 @@
-"""Bundles of published sizes without their weights: manifests, and on disk files that are nothing but holes.
-
-Parameters are counted from transformers' models on its meta device, in millions.
-"""
+"""Bundles of published sizes without their weights: manifests, and on disk files that are nothing but holes."""
 
 from __future__ import annotations
 
@@ -15,36 +12,41 @@ import msgspec
 from paliedge.bundle import Bundle
 from paliedge.manifest import File, Graph, Limits, Manifest, Model, Precision, Target, Text, Vision, write_manifest
 from paliedge.model import SHIPPED_BUNDLE
+from paliedge.roofline import count_parameters
 
-VISION_MILLIONS = {224: 412.44, 448: 413.33, 896: 416.87}
 PATCH_SIZE = 14
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float16"}
-_ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float16", "int8": "int8", "int4": "int8"}
+_BYTES = {"fp32": (4, 4, 4), "fp16": (2, 2, 2), "bf16": (2, 2, 2), "int8": (1, 1, 1), "int4": (1, 33 / 64, 1)}
+"""Of a parameter of the vision encoder, of the decoder's layers and of head and table."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A published model: its decoder's dimensions, and parameters of projector and decoder layers in millions."""
+    """A model's decoder, and the rows of its embedding table."""
 
     family: Literal["paligemma", "paligemma2"]
     text: Text
-    projector_millions: float
-    layers_millions: float
     rows: int = 257216
 
 
 PALIGEMMA_3B = Size(
     "paligemma",
     Text(num_layers=18, hidden_size=2048, intermediate_size=16384, num_heads=8, num_kv_heads=1, head_dim=256),
-    2.36,
-    1981.88,
 )
 PALIGEMMA2_3B = Size(
     "paligemma2",
     Text(num_layers=26, hidden_size=2304, intermediate_size=9216, num_heads=8, num_kv_heads=4, head_dim=256),
-    2.66,
-    2024.52,
 )
+COUNTED = (
+    (PALIGEMMA_3B, 224, 412_442_352 + 2_361_344, 1_981_884_416, 526_778_368),
+    (PALIGEMMA_3B, 448, 413_327_088 + 2_361_344, 1_981_884_416, 526_778_368),
+    (PALIGEMMA_3B, 896, 416_866_032 + 2_361_344, 1_981_884_416, 526_778_368),
+    (PALIGEMMA2_3B, 224, 412_442_352 + 2_656_512, 2_024_517_888, 592_625_664),
+    (PALIGEMMA2_3B, 448, 413_327_088 + 2_656_512, 2_024_517_888, 592_625_664),
+    (PALIGEMMA2_3B, 896, 416_866_032 + 2_656_512, 2_024_517_888, 592_625_664),
+)
+"""Model, pixels, and the parameters of vision encoder with projector, decoder layers and head, as transformers'
+models have them on its meta device."""
 
 
 def make_manifest(
@@ -56,7 +58,6 @@ def make_manifest(
     tied: bool = True,
 ) -> Manifest:
     """The manifest of such a bundle with one target; all that does not matter is the shipped bundle's."""
-    itemsize = _ITEMSIZE[precision]
     vision = Vision(
         image_size=image_size,
         patch_size=PATCH_SIZE,
@@ -65,17 +66,9 @@ def make_manifest(
         intermediate_size=4304,
         num_image_tokens=(image_size // PATCH_SIZE) ** 2,
     )
-    head = size.rows * size.text.hidden_size * itemsize
-    sizes = {
-        "vision.weights": round((VISION_MILLIONS[image_size] + size.projector_millions) * 1e6) * itemsize,
-        "decoder.weights": round(size.layers_millions * 1e6) * itemsize,
-        "table.weights": head,
-    }
     names = ("decoder.weights", "table.weights" if tied else "head.weights")
-    if not tied:
-        sizes["head.weights"] = head
     shipped = Bundle(SHIPPED_BUNDLE, check_hashes=False).manifest
-    return msgspec.structs.replace(
+    manifest = msgspec.structs.replace(
         shipped,
         model=Model(family=size.family, vision=vision, text=size.text),
         limits=Limits(prefix=vision.num_image_tokens + 128, new_tokens=256),
@@ -84,6 +77,7 @@ def make_manifest(
             file="table.weights",
             dtype=_DTYPES[precision],
             rows=size.rows,
+            row_scales="table.scales" if _DTYPES[precision] == "int8" else None,
         ),
         targets={
             target: Target(
@@ -93,10 +87,26 @@ def make_manifest(
                 decoder=Graph(file="decoder.onnx", weights=names, inputs=(), outputs=()),
             )
         },
-        files={name: File(size=number, sha256="0" * 64) for name, number in sizes.items()}
-        | {name: File(size=0, sha256="0" * 64) for name in ("vision.onnx", "decoder.onnx", "tokenizer.json")},
         golden=None,
+        calibration=None,
+        precision_report=None,
     )
+    files = {name: File(size=number, sha256="0" * 64) for name, number in _file_sizes(manifest).items()}
+    return msgspec.structs.replace(manifest, files=files)
+
+
+def _file_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of each file; graphs and tokenizer are empty, and the head of an untied model is as large as its table."""
+    parameters = count_parameters(manifest)
+    (target,) = manifest.targets.values()
+    vision, layers, head = _BYTES[target.precision]
+    sizes = dict.fromkeys(("vision.onnx", "decoder.onnx", manifest.tokenizer), 0)
+    sizes["vision.weights"] = round(parameters.vision * vision)
+    sizes["decoder.weights"] = round(parameters.layers * layers)
+    sizes["table.weights"] = sizes[target.decoder.weights[-1]] = parameters.head * head
+    if manifest.embedding.row_scales:
+        sizes[manifest.embedding.row_scales] = 4 * manifest.embedding.rows
+    return sizes
 
 
 def write_hollow_bundle(folder: Path, manifest: Manifest) -> Path:

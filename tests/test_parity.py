@@ -260,7 +260,6 @@ def test_jetpack_7_and_desktop_gpus_share_their_graphs(tiny: Subject, tmp_path: 
     targets = ("cpu", "jetpack6", "jetpack7", "rtx")
     manifest = export_bundle(str(source), tmp_path / "bundle", targets=targets, precision="fp16", compare=False)
     assert manifest.targets["jetpack7"] == manifest.targets["rtx"]
-    assert manifest.targets["cpu"].decoder == manifest.targets["jetpack6"].decoder
     weights = {graph.weights for target in manifest.targets.values() for graph in (target.decoder,)}
     assert len(weights) == 1
     assert len(list((tmp_path / "bundle").glob("*.weights"))) == len(list(tiny.bundle.folder.glob("*.weights")))

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import precision_table
+from benchmarks.shapes.precisions import find_losses
 from paliedge.bundle import Bundle
 from paliedge.model import SHIPPED_BUNDLE
 from tests.paths import ROOT
 
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 BIN = Path(sys.executable).parent
@@ -72,6 +75,28 @@ def test_every_python_example_of_the_readme_runs(code: str, project: Path) -> No
 def test_every_file_that_the_readme_links_is_there() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_precision_tables_are_made_from_the_stored_results() -> None:
+    assert precision_table.render() in README
+
+
+def test_no_precision_costs_more_than_it_may() -> None:
+    exports = json.loads((RESULTS / "shapes_precisions.json").read_text())["exports"]
+    assert {(one["target"], one["precision"]) for one in exports} >= {
+        (target, precision) for target in ("cpu", "jetpack6", "jetpack7") for precision in ("fp16", "int8", "int4")
+    }
+    assert all(one["scores"]["num_scenes"] == 500 for one in exports)
+    assert find_losses(exports) == []
+
+
+def test_bundles_are_as_small_and_as_planned() -> None:
+    engines = json.loads((RESULTS / "precision_speed.json").read_text())["engines"]
+    for name, largest in (("paliedge int8", 3.2e9), ("paliedge int4", 2.6e9)):
+        assert engines[name]["bundle_bytes"] <= largest
+        assert abs(engines[name]["plan_over_files"] - 1) <= 0.05
+    reduced, whole = (engines[name]["decoder_bytes"] for name in ("paliedge int4, reduced head", "paliedge int4"))
+    assert reduced < 0.7 * whole
 
 
 def test_the_scores_are_those_of_the_shipped_bundle() -> None:

@@ -39,9 +39,13 @@ def make_tiny(
     image_size: int = IMAGE_SIZE,
     dtype: torch.dtype = torch.float32,
     tied: bool = True,
+    gain: float = 0.25,
     **text_options: Any,
 ) -> PaliGemmaForConditionalGeneration:
-    """Write a checkpoint with tokenizer and preprocessing to `folder`; returns the model in float32."""
+    """Write a checkpoint with tokenizer and preprocessing to `folder`; returns the model in float32.
+
+    `gain` is the deviation of the decoder's weights: the smaller, the less a layer makes of an error before it.
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(50)
     image_token = tokenizer.get_vocab()["<image>"]
@@ -80,7 +84,7 @@ def make_tiny(
     )
     config._attn_implementation = "eager"
     model = PaliGemmaForConditionalGeneration(config).eval()
-    _spread(model)
+    _spread(model, gain)
     model.to(dtype).save_pretrained(folder)
     write_tokenizer(tokenizer, folder)
     processor = {
@@ -94,7 +98,7 @@ def make_tiny(
     return model.float()
 
 
-def _spread(model: PaliGemmaForConditionalGeneration) -> None:
+def _spread(model: PaliGemmaForConditionalGeneration, gain: float) -> None:
     """Give every tensor the role it has in a trained model: layers that matter, norms that differ."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -105,7 +109,7 @@ def _spread(model: PaliGemmaForConditionalGeneration) -> None:
             elif "layer_norm" in name or "layernorm" in name:
                 tensor.normal_(1 if name.endswith("weight") else 0, 0.2)
             elif "language_model" in name:
-                tensor.normal_(0, 0.25)
+                tensor.normal_(0, gain)
             elif "position_embedding" in name:
                 tensor.normal_(0, 0.5)
             else:

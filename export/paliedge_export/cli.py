@@ -38,10 +38,36 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
     envvar="PALIEDGE_PRECISION",
     show_envvar=True,
     help="Of stored weights and matrix products; fp32 for cpu alone, else fp16, unless told.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    envvar="PALIEDGE_CALIBRATE",
+    show_envvar=True,
+    help="Images for int8 and int4, and for the comparison: a folder, with the .jsonl of a fine-tune (image, prefix, "
+    "suffix) if there is one; or a bundle, whose statistics are taken again. Without it the checkpoint's own folder "
+    "'calibration'.",
+)
+@click.option(
+    "--sensitivity",
+    type=click.FloatRange(0, 100),
+    metavar="PERCENT",
+    envvar="PALIEDGE_SENSITIVITY",
+    show_envvar=True,
+    help="For int8 and int4: quantise each linear layer alone, rank them by the error, and keep the worst in 16 bits "
+    "while the layers' weights grow by at most this much; 0 only ranks. Takes two prompts a layer.",
+)
+@click.option(
+    "--head-vocab",
+    metavar="FILE|detect",
+    envvar="PALIEDGE_HEAD_VOCAB",
+    show_envvar=True,
+    help="Keep only what detecting and segmenting needs in the output head: the labels in FILE, one a line, or with "
+    "'detect' those that the calibration prompts ask for. Other tasks are then refused.",
 )
 @click.option(
     "--max-prompt-tokens",
@@ -72,6 +98,9 @@ def export(
     output: Path,
     targets: tuple[str, ...],
     precision: Precision | None,
+    calibrate: Path | None,
+    sensitivity: float | None,
+    head_vocab: str | None,
     max_prompt_tokens: int,
     max_new_tokens: int,
     compare: bool,
@@ -82,7 +111,7 @@ def export(
         import msgspec
 
         from paliedge.manifest import Limits
-        from paliedge_export.exporter import export_bundle
+        from paliedge_export.exporter import Quantization, export_bundle
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             expected="the packages of the extra 'export'",
@@ -95,6 +124,7 @@ def export(
         targets=targets,
         precision=precision,
         limits=Limits(prefix=max_prompt_tokens, new_tokens=max_new_tokens),
+        quantization=Quantization(calibrate, None if sensitivity is None else sensitivity / 100, head_vocab),
         compare=compare,
         report=lambda line: click.echo(line, err=True),
     )
@@ -110,6 +140,4 @@ def export(
 def _describe(manifest: Manifest, target: str) -> str:
     if target in manifest.not_compared:
         return f"not compared: {manifest.not_compared[target]}"
-    found = manifest.comparisons[target]
-    largest = max(found.image_features_error, found.log_prob_error)
-    return f"max error {largest:.2g}, token match {found.token_match:.1%} ({found.reference})"
+    return manifest.comparisons[target].describe()

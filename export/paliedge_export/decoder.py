@@ -25,6 +25,7 @@ which sees itself and is seen by nothing that counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,8 +33,9 @@ import numpy as np
 from paliedge.manifest import Tokens
 from paliedge_export.checkpoint import LM_HEAD
 from paliedge_export.config import ModelConfig, TextConfig
-from paliedge_export.graph import GraphBuilder
+from paliedge_export.graph import GraphBuilder, layer_output
 from paliedge_export.lowering import Lowering
+from paliedge_export.weights import HEAD_SCALES
 
 _MASKED = -1e9
 """Added to a hidden score. Finite, and added once: two infinities would make NaN."""
@@ -42,14 +44,25 @@ _MASKED_16_BIT = -3e4
 _NEVER = -3e38
 
 
-def add_decoder(graph: GraphBuilder, config: ModelConfig, tokens: Tokens, lowering: Lowering, capacity: int) -> None:
-    """The decoder's nodes.
+LAST_HIDDEN = "last_hidden"
+"""The head's input [B, H], inside the graph."""
+
+
+def add_decoder(
+    graph: GraphBuilder,
+    config: ModelConfig,
+    tokens: Tokens,
+    lowering: Lowering,
+    capacity: int,
+    kept_tokens: Sequence[int] | None = None,
+) -> None:
+    """The decoder's nodes. A head with only the rows `kept_tokens` puts out their ids all the same.
 
     Inputs: inputs_embeds [B, S, H] float32; position_ids [B, S] int64, 1-based, consecutive;
     prefix_length [B] int64; allowed_ids [B, 2] int64, first and last id that may win;
     past_key_values.N.key and .value [B, kv heads, P, head_dim], P being `capacity` if "in_place".
     Outputs: next_token [B] int64 after the last token of the prefix (prefill) or of S (decode);
-    log_prob [B] float32, its log-probability among all tokens; present.N.key and .value
+    log_prob [B] float32, its log-probability among all tokens of the head; present.N.key and .value
     [B, kv heads, S, head_dim], the rows of the S new tokens, or the whole cache if "in_place".
     """
     text = config.text
@@ -73,7 +86,8 @@ def add_decoder(graph: GraphBuilder, config: ModelConfig, tokens: Tokens, loweri
         normed = _norm(graph, text, f"{name}.input_layernorm", x)
         query, key, value = _project(graph, text, f"{name}.self_attn.qkv_proj", normed, rotation)
         keys, values = cache.extend(index, "key", key), cache.extend(index, "value", value)
-        attended = graph.linear(attend(graph, text, query, keys, values, mask), f"{name}.self_attn.o_proj")
+        attended = attend(graph, text, query, keys, values, mask)
+        attended = graph.linear(attended, f"{name}.self_attn.o_proj", per_token=True)
         if text.post_norms:
             attended = _norm(graph, text, f"{name}.post_attention_layernorm", attended)
         x = graph.op("Add", x, attended)
@@ -81,9 +95,10 @@ def add_decoder(graph: GraphBuilder, config: ModelConfig, tokens: Tokens, loweri
         fed = _feed_forward(graph, text, name, _norm(graph, text, f"{name}.{before}", x))
         if text.post_norms:
             fed = _norm(graph, text, f"{name}.post_feedforward_layernorm", fed)
-        x = graph.op("Add", x, fed)
+        x = graph.op("Add", x, fed, name=layer_output(name))
     last = _norm(graph, text, "language_model.norm", _last_hidden(graph, text, x, start, prefix_length))
-    _choose_token(graph, text, last, tokens, allowed)
+    last = graph.op("Identity", last, name=LAST_HIDDEN)
+    _choose_token(graph, text, last, tokens, allowed, kept_tokens)
 
 
 class _Cache(Protocol):
@@ -235,7 +250,7 @@ def _feed_forward(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> s
     fused = graph.linear(x, f"{name}.mlp.gate_up_proj")
     gate, up = graph.split(fused, [text.intermediate_size] * 2, axis=-1)
     product = graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up)
-    return graph.linear(product, f"{name}.mlp.down_proj")
+    return graph.linear(product, f"{name}.mlp.down_proj", per_token=True)
 
 
 def _norm(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
@@ -259,14 +274,19 @@ def _last_hidden(graph: GraphBuilder, text: TextConfig, x: str, start: str, pref
     return graph.op("Squeeze", graph.op("GatherElements", x, wide, axis=1), graph.ints(1))
 
 
-def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, tokens: Tokens, allowed: str) -> None:
-    """Logits over the real vocabulary, the best allowed one and its log-probability among all."""
-    logits = graph.matmul_transposed(hidden, LM_HEAD)
+def _choose_token(
+    graph: GraphBuilder, text: TextConfig, hidden: str, tokens: Tokens, allowed: str, kept_tokens: Sequence[int] | None
+) -> None:
+    """Logits over the head's tokens, the best allowed one and its log-probability among all."""
+    logits = graph.head(hidden, LM_HEAD, HEAD_SCALES)
     if text.final_softcap:
         logits = _softcap(graph, logits, text.final_softcap)
     logits = graph.op("Identity", logits, name="logits")
-    ids = graph.op("Range", *(graph.constant(value, np.int64) for value in (0, tokens.vocab_size, 1)))
-    if tokens.image < tokens.vocab_size:  # a fine-tune added tokens behind the image token
+    if kept_tokens is None:
+        ids = graph.op("Range", *(graph.constant(value, np.int64) for value in (0, tokens.vocab_size, 1)))
+    else:
+        ids = graph.ints(*kept_tokens)
+    if kept_tokens is None and tokens.image < tokens.vocab_size:  # a fine-tune added tokens behind the image token
         is_image = graph.op("Equal", ids, graph.constant(tokens.image, np.int64))
         logits = graph.op("Where", is_image, graph.constant(_NEVER), logits)
     first, last = graph.split(allowed, [1, 1], axis=1)
@@ -277,5 +297,8 @@ def _choose_token(graph: GraphBuilder, text: TextConfig, hidden: str, tokens: To
     largest = graph.op("ReduceMax", logits, graph.ints(1), keepdims=1)
     total = graph.op("ReduceSum", graph.op("Exp", graph.op("Sub", logits, largest)), graph.ints(1), keepdims=1)
     log_prob = graph.op("Sub", graph.op("Sub", score, largest), graph.op("Log", total))
-    graph.output(graph.op("Squeeze", winner, graph.ints(1)), "next_token", np.int64, ("batch",))
+    winner = graph.op("Squeeze", winner, graph.ints(1))
+    if kept_tokens is not None:
+        winner = graph.op("Gather", ids, winner)
+    graph.output(winner, "next_token", np.int64, ("batch",))
     graph.output(graph.op("Squeeze", log_prob, graph.ints(1)), "log_prob", np.float32, ("batch",))

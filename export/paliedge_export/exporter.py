@@ -1,63 +1,93 @@
-"""From a checkpoint to a bundle: graphs, table, tokenizer and manifest, published in one step.
+"""From a checkpoint to a bundle: calibrate, write, compare, publish in one step.
 
 Weights pass through memory one tensor at a time. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import onnx
 
-from paliedge import __version__
-from paliedge.bundle import describe_file
 from paliedge.errors import CheckpointError, UsageError
-from paliedge.manifest import (
-    MANIFEST,
-    Comparison,
-    Embedding,
-    Graph,
-    Limits,
-    Manifest,
-    Model,
-    Precision,
-    Producer,
-    Prompts,
-    Target,
-    Tensor,
-    Text,
-    Tokens,
-    Vision,
-    write_manifest,
-)
+from paliedge.manifest import Limits, Manifest, Precision, Tokens
 from paliedge.publish import publish_bundle
 from paliedge_export.bfloat16 import emulated
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
-from paliedge_export.compare import check_comparison, compare_with_golden, find_obstacle, make_golden
+from paliedge_export.compare import (
+    MAX_IMAGES,
+    Answers,
+    Runner,
+    TargetReport,
+    check,
+    collect_statistics,
+    compare,
+    find_obstacle,
+    ignore_outputs,
+)
 from paliedge_export.config import ModelConfig, read_config
-from paliedge_export.decoder import add_decoder
-from paliedge_export.golden import GOLDEN, Golden, write_golden
-from paliedge_export.graph import GraphBuilder
+from paliedge_export.golden import GOLDEN, write_golden
+from paliedge_export.head_vocabulary import choose_head_vocabulary
 from paliedge_export.hub import find_checkpoint
-from paliedge_export.lowering import TARGETS, Lowering
-from paliedge_export.metadata import read_preprocess, read_tokens
-from paliedge_export.reference import make_reference_golden
-from paliedge_export.vision_encoder import add_vision_encoder
-from paliedge_export.weights import DTYPES, Stored, write_weights
+from paliedge_export.linears import Linear, linears
+from paliedge_export.lowering import TARGETS
+from paliedge_export.metadata import read_tokens
+from paliedge_export.reference import Reference
+from paliedge_export.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
+from paliedge_export.sensitivity import NUM_SAMPLES, LayerError, Trial, keep_worst, rank_layers
+from paliedge_export.smoothing import smooth, unsmoothed
+from paliedge_export.statistics import STATISTICS, Statistics, load_statistics
+from paliedge_export.weights import QUANTIZED, Encoding, Tensors, quantized_bits
+from paliedge_export.writer import Source, StoredByLayout, add_files, write_all_weights, write_bundle
 
 DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
 """Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
-_TOKENIZER = "tokenizer.json"
+REPORT = "precision_report.json"
 _GEMMA2_27B_WIDTH = 4608
+_FP32_GRAPHS = "its fp32 graphs"
+_ENOUGH_TO_CALIBRATE = 32
 
 Report = Callable[[str], None]
+
+
+class PrecisionReport(msgspec.Struct):
+    """What the bundle keeps of its export's measurements.
+
+    Attributes:
+        targets: those that were compared.
+        calibrated_with: source of the statistics, "" without any.
+        strengths: how strongly each linear layer's input was smoothed, 0 to 1.
+        sensitivity: the linear layers by the error that each causes, the worst first, if that was asked.
+    """
+
+    targets: dict[str, TargetReport]
+    calibrated_with: str = ""
+    strengths: dict[str, float] = {}
+    sensitivity: list[LayerError] = []
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a quantised bundle is made.
+
+    Attributes:
+        calibrate: a folder of images, with JSONL files of prompts if there are any, or a bundle (or its
+            calibration.safetensors) whose statistics are taken again. Without it the checkpoint's own folder
+            `calibration`, if it has one. Other precisions are compared on these samples.
+        sensitivity: rank the layers, and keep the worst in 16 bits while the weights of the linear layers
+            grow by no more than this share; None leaves it out.
+        head_vocabulary: "detect" or a file of labels: the head keeps only what such answers need.
+        smooth: scale activations into the weights.
+    """
+
+    calibrate: Path | None = None
+    sensitivity: float | None = None
+    head_vocabulary: str | None = None
+    smooth: bool = True
 
 
 def export_bundle(
@@ -67,72 +97,68 @@ def export_bundle(
     targets: Sequence[str] = ("cpu",),
     precision: Precision | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    quantization: Quantization = Quantization(),
     compare: bool = True,
     report: Report = lambda line: None,
 ) -> Manifest:
     """Export `checkpoint` (a folder or a hub id) as the bundle `output`, for one target or several.
 
-    All targets have one precision and so one set of weights: fp32 for `cpu` alone, fp16 for others,
-    unless told. The last step runs every target's graphs with ONNX Runtime against a reference:
-    transformers for fp32 where torch is installed, the fp32 graphs for any other precision (bf16 is
-    emulated, ONNX Runtime has no kernels for it on a CPU). The
-    manifest that it returns says what was measured, and what was not compared and why. `report`
-    gets a line a stage.
+    All targets have one precision: fp32 for `cpu` alone, fp16 for others, unless told. int8 and int4
+    are calibrated with the fp32 graphs. The last step runs every target's graphs with ONNX Runtime
+    against a reference: transformers for fp32 where torch is installed, the fp32 graphs for any other
+    precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
+    returns says what was measured, and what was not compared and why. `report` gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is no PaliGemma.
         PrecisionError: the graphs differ from the reference; nothing is published.
-        UsageError: `output` holds something that is no bundle, or a target or the model does not
-            take the precision.
+        UsageError: `output` holds something that is no bundle, a target or the model does not take
+            the precision, or there is nothing to calibrate with.
     """
     folder = find_checkpoint(checkpoint)
     config = read_config(folder)
-    order = _Order(tuple(dict.fromkeys(targets)), precision or ("fp32" if set(targets) == {"cpu"} else "fp16"))
-    _check_precision(config, order)
+    chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
+    _check_precision(config, targets, chosen)
+    if quantization.sensitivity is not None and chosen not in QUANTIZED:
+        raise UsageError(
+            expected="int8 or int4, whose layers can be ranked by their error",
+            found=chosen,
+            action="Add --precision int8 or int4, or leave out --sensitivity.",
+        )
+    tokens = read_tokens(folder)
+    tensors = Checkpoint(folder, config)
+    _check_rows(tensors, tokens)
+    if chosen not in QUANTIZED and _statistics_file(quantization):
+        raise UsageError(
+            expected=f"a folder of images for --calibrate with {chosen}, which needs no statistics",
+            found=f"{quantization.calibrate}",
+            action="Name a folder of images, add --precision int8 or int4, or leave it out.",
+        )
+    samples = _find_samples(folder, quantization)
+    vocabulary = None
+    if quantization.head_vocabulary:
+        vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
     name = folder.resolve().name if Path(checkpoint).exists() else checkpoint
     prefix = limits.prefix + config.vision.num_image_tokens
-    source = _Source(name, folder, config, read_tokens(folder), msgspec.structs.replace(limits, prefix=prefix))
-    tensors = Checkpoint(folder, config)
-    _check_rows(tensors, source.tokens)
+    source = Source(name, folder, config, tokens, msgspec.structs.replace(limits, prefix=prefix), vocabulary)
     with publish_bundle(output) as staging:
-        report(f"writing {order.precision} graphs for {', '.join(order.targets)}")
-        manifest = _write_bundle(staging, source, tensors, order)
-        if not compare:
-            not_compared = dict.fromkeys(order.targets, "the comparison was off")
-            return _write_manifest(staging, msgspec.structs.replace(manifest, not_compared=not_compared))
-        golden = _reference_golden(staging, source, tensors, order.precision, report)
-        manifest = _compare_targets(staging, manifest, golden, report)
-        write_golden(staging / GOLDEN, golden or make_golden(staging, "these graphs", order.targets[0]))
-        return _write_manifest(staging, msgspec.structs.replace(manifest, golden=GOLDEN))
+        job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)
+        return job.run(samples, compare=compare)
 
 
-@dataclass(frozen=True)
-class _Order:
-    targets: tuple[str, ...]
-    precision: Precision
-
-
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    folder: Path
-    config: ModelConfig
-    tokens: Tokens
-    limits: Limits
-
-
-def _check_precision(config: ModelConfig, order: _Order) -> None:
-    for name in order.targets:
-        if order.precision not in TARGETS[name].precisions:
+def _check_precision(config: ModelConfig, targets: Sequence[str], precision: Precision) -> None:
+    for name in targets:
+        if precision not in TARGETS[name].precisions:
             raise UsageError(
                 expected=f"{' or '.join(TARGETS[name].precisions)} for the target '{name}'",
-                found=order.precision,
+                found=precision,
                 action="Name another --precision, or export this target into a bundle of its own.",
             )
-    if order.precision == "fp16" and config.text.hidden_size >= _GEMMA2_27B_WIDTH:
+    has_fp16 = precision == "fp16" or (precision in QUANTIZED and set(targets) != {"cpu"})
+    if has_fp16 and config.text.hidden_size >= _GEMMA2_27B_WIDTH:
         raise UsageError(
             expected="a precision with the range of float32 for PaliGemma 2 28B",
-            found="fp16, in which Gemma 2 27B is known to go wrong",
+            found=f"{precision}, which multiplies in fp16, in which Gemma 2 27B is known to go wrong",
             action="Export it with --precision fp32, or bf16 for TensorRT.",
         )
 
@@ -147,161 +173,182 @@ def _check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
             )
 
 
-def _reference_golden(
-    staging: Path, source: _Source, tensors: Checkpoint, precision: Precision, report: Report
-) -> Golden | None:
-    if precision != "fp32":
-        with tempfile.TemporaryDirectory(dir=staging) as folder:
-            report("writing fp32 graphs to compare with")
-            _write_bundle(Path(folder), source, tensors, _Order(("cpu",), "fp32"))
-            return make_golden(Path(folder), "its fp32 graphs", "cpu")
-    try:
-        report("running transformers to compare with")
-        return make_reference_golden(source.folder)
-    except ModuleNotFoundError:
+def _statistics_file(quantization: Quantization) -> Path | None:
+    """The statistics that `calibrate` names: the file itself, or a bundle's."""
+    path = quantization.calibrate
+    if path is None:
         return None
+    if path.suffix == Path(STATISTICS).suffix:
+        return path
+    return path / STATISTICS if (path / STATISTICS).is_file() else None
 
 
-def _compare_targets(staging: Path, manifest: Manifest, golden: Golden | None, report: Report) -> Manifest:
-    """Compare each target; those with the same graphs share one comparison."""
-    if golden is None:
-        reason = "there was nothing to compare with: torch is not installed"
-        return msgspec.structs.replace(manifest, not_compared=dict.fromkeys(manifest.targets, reason))
-    comparisons: dict[str, Comparison] = {}
-    not_compared: dict[str, str] = {}
-    done: dict[tuple[str, str], str] = {}
-    for name, target in manifest.targets.items():
-        files = (target.vision_encoder.file, target.decoder.file)
-        if obstacle := find_obstacle(target):
-            not_compared[name] = obstacle
-            continue
-        if files in done:
-            comparisons[name] = comparisons[done[files]]
-            continue
-        report(f"comparing {name} with {golden.reference}")
-        with emulated(staging, manifest, name) if target.precision == "bf16" else nullcontext():
-            comparisons[name] = compare_with_golden(staging, golden, name)
-        check_comparison(comparisons[name], target.precision)
-        done[files] = name
-    return msgspec.structs.replace(manifest, comparisons=comparisons, not_compared=not_compared)
+def _find_samples(folder: Path, quantization: Quantization) -> SampleFolder | None:
+    if quantization.calibrate is not None and _statistics_file(quantization) is None:
+        return open_samples(quantization.calibrate)
+    return open_samples(folder / FOLDER) if (folder / FOLDER).is_dir() else None
 
 
-def _write_bundle(folder: Path, source: _Source, tensors: Checkpoint, order: _Order) -> Manifest:
-    """All files of a bundle but its golden."""
-    config, tokens, limits = source.config, source.tokens, source.limits
-    stored = write_weights(folder, tensors, config, tokens.vocab_size, order.precision)
-    shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
-    table = stored[1][EMBED_TOKENS]
-    manifest = Manifest(
-        format_version=1,
-        producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
-        model=_describe_model(config),
-        preprocess=read_preprocess(source.folder, config.vision.image_size),
-        tokens=tokens,
-        prompts=Prompts(),
-        limits=limits,
-        embedding=Embedding(
-            file=table.file,
-            dtype=table.dtype.name,
-            rows=tokens.vocab_size,
-            scale=float(np.sqrt(np.float32(config.text.hidden_size))),
-        ),
-        targets=_write_graphs(folder, source, stored, order),
-        engines=(),
-        tokenizer=_TOKENIZER,
-        golden=None,
-        comparisons={},
-        not_compared={},
-        files={},
-    )
-    return _write_manifest(folder, manifest)
+def _calibrating(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Those that calibrate and do not judge; none where too few would be left, and then all do both."""
+    apart = samples[:-MAX_IMAGES]
+    return apart if len(apart) >= _ENOUGH_TO_CALIBRATE else []
 
 
-def _write_graphs(folder: Path, source: _Source, stored: tuple[Stored, Stored], order: _Order) -> dict[str, Target]:
-    """The graphs of every target; those that two targets want alike are written once."""
-    config = source.config
-    capacity = source.limits.capacity
+@dataclass(frozen=True)
+class _Job:
+    """One export, its stages in order."""
 
-    def add_vision(graph: GraphBuilder, lowering: Lowering) -> None:
-        add_vision_encoder(graph, config, lowering)
+    staging: Path
+    source: Source
+    checkpoint: Checkpoint
+    targets: tuple[str, ...]
+    precision: Precision
+    quantization: Quantization
+    report: Report
 
-    def add_decoder_graph(graph: GraphBuilder, lowering: Lowering) -> None:
-        add_decoder(graph, config, source.tokens, lowering, capacity)
+    def run(self, folder: SampleFolder | None, *, compare: bool) -> Manifest:
+        """Calibrate if the precision asks for it, write, compare if that is wanted; returns what was written."""
+        quantized = self.precision in QUANTIZED
+        known = _statistics_file(self.quantization) if quantized else None
+        if quantized and not folder and not known:
+            raise UsageError(
+                expected=f"images to calibrate {self.precision} with",
+                found="no --calibrate, and no folder 'calibration' in the checkpoint",
+                action=CALIBRATE,
+            )
+        samples = folder.load() if folder and (quantized or compare) else self.source.golden_samples
+        if self.source.vocabulary:
+            samples = self.source.vocabulary.restrict(samples)
+        judged = samples[-MAX_IMAGES:]
+        calibrating = _calibrating(samples) or samples
+        statistics = Statistics(f"{len(calibrating)} images of {folder.path.name}" if folder else "")
+        if compare and not folder:
+            self.report("without images like those to come, the comparison has only drawn ones")
+        if known:
+            widths = {linear.name: linear.width for linear in linears(self.source.config)}
+            statistics = load_statistics(known, widths)
+        reference, golden = None, None
+        if compare or (quantized and not known):
+            reference, golden = self._refer(samples if quantized and not known else judged, statistics)
+        encoding, report = Encoding(self.precision, kept_tokens=self.source.kept_tokens), PrecisionReport({})
+        tensors: Tensors = self.checkpoint
+        if quantized:
+            encoding, tensors = self._quantize(statistics, encoding, judged[:NUM_SAMPLES], report)
+            statistics.save(self.staging / STATISTICS)
+        self.report(f"writing {self.precision} graphs for {', '.join(self.targets)}")
+        stored = write_all_weights(self.staging, self.source, tensors, self.targets, encoding)
+        manifest = write_bundle(self.staging, self.source, stored, self.targets, encoding)
+        manifest = msgspec.structs.replace(manifest, calibration=STATISTICS if quantized else None)
+        if compare:
+            return self._compare(manifest, judged, reference, golden, report)
+        manifest = msgspec.structs.replace(manifest, not_compared=dict.fromkeys(self.targets, "the comparison was off"))
+        return self._add_report(manifest, report) if quantized else add_files(self.staging, manifest)
 
-    targets = {}
-    for name in order.targets:
-        chosen = TARGETS[name]
-        targets[name] = Target(
-            precision=order.precision,
-            cache_update=chosen.decoder.cache_update,
-            vision_encoder=_write_graph(
-                folder, "vision_encoder", chosen.vision_encoder, stored[0], order.precision, add_vision
-            ),
-            decoder=_write_graph(folder, "decoder", chosen.decoder, stored[1], order.precision, add_decoder_graph),
+    def _refer(self, samples: Sequence[Sample], statistics: Statistics) -> tuple[Answers | None, Answers | None]:
+        """The reference's answers to the samples that count and to the golden prompts; fills `statistics` if empty.
+
+        A quantised bundle's golden is its own, so None; so are both where there is no reference.
+        """
+        if self.precision == "fp32":
+            try:
+                self.report("running transformers to compare with")
+                transformers = Reference(self.source.folder)
+            except ModuleNotFoundError:
+                return None, None
+            kept = self.source.kept_tokens
+            return transformers.answer(samples, kept), transformers.answer(self.source.golden_samples, kept)
+        with self._fp32_graphs(self.checkpoint) as (folder, _):
+            collecting = self.precision in QUANTIZED and not statistics.inputs
+            runner = Runner(folder, "cpu", statistics=collecting, prepack=False)
+            self.report(f"answering {sum(len(one.prompts) for one in samples)} prompts on {len(samples)} images")
+            watch = collect_statistics(statistics, {linear.name for linear in linears(self.source.config)})
+            unseen = _calibrating(samples) if collecting else []
+            runner.answer(unseen, _FP32_GRAPHS, watch=watch, report=self.report)
+            judged = samples[-MAX_IMAGES:]
+            if unseen:
+                watch = ignore_outputs  # what is judged has no part in what it is judged by
+            answers = runner.answer(judged, _FP32_GRAPHS, watch=watch, report=self.report)
+            golden = None if self.precision in QUANTIZED else runner.answer(self.source.golden_samples, _FP32_GRAPHS)
+            return answers, golden
+
+    @contextmanager
+    def _fp32_graphs(self, tensors: Tensors) -> Iterator[tuple[Path, StoredByLayout]]:
+        """A bundle of float32 graphs for `cpu`, for as long as it is needed."""
+        with tempfile.TemporaryDirectory(dir=self.staging) as name:
+            self.report("writing fp32 graphs to compare with")
+            encoding = Encoding("fp32", kept_tokens=self.source.kept_tokens)
+            folder = Path(name)
+            stored = write_all_weights(folder, self.source, tensors, ("cpu",), encoding)
+            write_bundle(folder, self.source, stored, ("cpu",), encoding)
+            yield folder, stored
+
+    def _quantize(
+        self, statistics: Statistics, encoding: Encoding, samples: Sequence[Sample], report: PrecisionReport
+    ) -> tuple[Encoding, Tensors]:
+        """Smooth, and find out what to keep in 16 bits if that was asked; `report` takes note."""
+
+        def bits(linear: Linear) -> int:
+            return quantized_bits(self.precision, linear.name, linear.width)
+
+        smoothing = unsmoothed(self.checkpoint, statistics)
+        if self.quantization.smooth:
+            self.report("smoothing the inputs of linear layers")
+            smoothing = smooth(self.checkpoint, self.source.config, statistics, bits)
+        report.calibrated_with, report.strengths = statistics.source, dict(smoothing.strengths)
+        encoding = replace(encoding, inputs=smoothing.inputs)
+        budget = self.quantization.sensitivity
+        if budget is None:
+            return encoding, smoothing.tensors
+        lowered = "cpu" if set(self.targets) == {"cpu"} else "jetpack6"  # static activations suffer more
+        with self._fp32_graphs(smoothing.tensors) as (folder, stored):
+            trial = Trial(folder, self.source, lowered, stored, samples)
+            layout = TARGETS[lowered].lowering.layout
+            report.sensitivity = rank_layers(trial, smoothing.tensors, replace(encoding, layout=layout), self.report)
+        kept = keep_worst(report.sensitivity, budget)
+        return replace(encoding, kept=kept), smoothing.tensors
+
+    def _compare(
+        self,
+        manifest: Manifest,
+        samples: Sequence[Sample],
+        reference: Answers | None,
+        golden: Answers | None,
+        report: PrecisionReport,
+    ) -> Manifest:
+        """Compare each target, write golden and report; targets with the same graphs share one comparison."""
+        not_compared: dict[str, str] = {}
+        done: dict[tuple[str, str], str] = {}
+        for name, target in manifest.targets.items():
+            files = (target.vision_encoder.file, target.decoder.file)
+            if reference is None:
+                not_compared[name] = "there was nothing to compare with: torch is not installed"
+            elif obstacle := find_obstacle(target):
+                not_compared[name] = obstacle
+            elif files in done:
+                report.targets[name] = report.targets[done[files]]
+            else:
+                self.report(f"comparing {name} with {reference.reference}")
+                with emulated(self.staging, manifest, name) if target.precision == "bf16" else nullcontext():
+                    runner = Runner(self.staging, name)
+                    report.targets[name] = compare(runner, samples, reference, self.source.tokens, target.precision)
+                check(report.targets[name], name)
+                done[files] = name
+                golden = golden or runner.answer(self.source.golden_samples, "these graphs")
+        runnable = next((name for name, target in manifest.targets.items() if not find_obstacle(target)), None)
+        if golden is None and runnable:
+            golden = Runner(self.staging, runnable).answer(self.source.golden_samples, "these graphs")
+        if golden:
+            prompts = self.source.golden_samples[0].prompts
+            write_golden(self.staging / GOLDEN, prompts, golden, self.source.tokens.eos)
+        changed = msgspec.structs.replace(
+            manifest,
+            comparisons={name: one.comparison for name, one in report.targets.items()},
+            not_compared=not_compared,
+            golden=GOLDEN if golden else None,
         )
-    return targets
+        return self._add_report(changed, report)
 
-
-def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Add the files that are new in `folder` to the manifest and write it."""
-    files = dict(manifest.files)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != MANIFEST and path.name not in files:
-            files[path.name] = describe_file(path)
-    return write_manifest(folder, msgspec.structs.replace(manifest, files=files))
-
-
-def _write_graph(
-    folder: Path,
-    name: str,
-    lowering: Lowering,
-    stored: Stored,
-    precision: Precision,
-    add: Callable[[GraphBuilder, Lowering], None],
-) -> Graph:
-    graph = GraphBuilder(
-        name, lowering.opset, stored, DTYPES[precision], accumulate_float32=lowering.accumulate_float32
-    )
-    add(graph, lowering)
-    model = graph.build()
-    path = folder / f"{name}.{lowering.name}.onnx"
-    onnx.save_model(model, path)
-    return Graph(
-        file=path.name,
-        weights=tuple(sorted(graph.weight_files)),
-        inputs=tuple(_describe_tensor(info) for info in model.graph.input),
-        outputs=tuple(_describe_tensor(info) for info in model.graph.output),
-    )
-
-
-def _describe_tensor(info: onnx.ValueInfoProto) -> Tensor:
-    kind = info.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    return Tensor(
-        name=info.name,
-        dtype=dtype.name,
-        shape=tuple(size.dim_param or size.dim_value for size in kind.shape.dim),
-    )
-
-
-def _describe_model(config: ModelConfig) -> Model:
-    vision, text = config.vision, config.text
-    return Model(
-        family=config.family,
-        vision=Vision(
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            num_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_image_tokens=vision.num_image_tokens,
-        ),
-        text=Text(
-            num_layers=text.num_layers,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_heads=text.num_heads,
-            num_kv_heads=text.num_kv_heads,
-            head_dim=text.head_dim,
-        ),
-    )
+    def _add_report(self, manifest: Manifest, report: PrecisionReport) -> Manifest:
+        (self.staging / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+        return add_files(self.staging, msgspec.structs.replace(manifest, precision_report=REPORT))

@@ -1,42 +1,26 @@
-"""Goldens: a few images and prompts with a reference's answers.
+"""Goldens: two drawn pictures and a few prompts with a reference's answers.
 
-They travel in the bundle, so that any machine can check its own run against the exporting one's. Where
-there was no reference (fp32 without torch) they are the graphs' own answers, and are compared with nothing.
+They travel in the bundle, so that any machine can check its own run against the exporting one's. A
+quantised bundle's are its own graphs' answers, and so are those of a bundle without a reference.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from paliedge_export.compare import Answers
+
 GOLDEN = "golden.npz"
 PROMPTS = ("caption en", "detect cat ; dog", "answer en what is this?")
-NUM_NEW_TOKENS = 12
+"""For a head that can say everything."""
 _NUM_IMAGES = 2
 _CANVAS = 256
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Answers of a reference, every prompt on every image.
-
-    Attributes:
-        reference: who gave them.
-        images: [I, H, W, 3] uint8.
-        image_features: [I, N, H] float32.
-        token_ids: [I, P, T] greedy tokens; decoding goes on past end-of-sequence.
-        log_probs: [I, P, T] float32, their log-probabilities.
-    """
-
-    reference: str
-    images: npt.NDArray[np.uint8]
-    image_features: npt.NDArray[np.float32]
-    token_ids: npt.NDArray[np.int64]
-    log_probs: npt.NDArray[np.float32]
 
 
 def golden_images() -> npt.NDArray[np.uint8]:
@@ -51,12 +35,19 @@ def golden_images() -> npt.NDArray[np.uint8]:
     return np.stack(images).clip(0, 255).astype(np.uint8)
 
 
-def write_golden(path: Path, golden: Golden) -> None:
-    """Write `golden` without its features, which are large."""
+def write_golden(path: Path, prompts: Sequence[str], answers: Answers, eos: int) -> None:
+    """Write answers to `prompts` on `golden_images`: token_ids and log_probs [I, P, T], filled up with `eos`."""
+    length = max(len(answer.tokens) for row in answers.answers for answer in row)
+    shape = (len(answers.answers), len(prompts), length)
+    token_ids, log_probs = np.full(shape, eos, np.int64), np.zeros(shape, np.float32)
+    for index, row in enumerate(answers.answers):
+        for place, answer in enumerate(row):
+            token_ids[index, place, : len(answer.tokens)] = answer.tokens
+            log_probs[index, place, : len(answer.tokens)] = answer.log_probs
     arrays: dict[str, Any] = {
-        "images": golden.images,
-        "prompts": np.array(PROMPTS),
-        "token_ids": golden.token_ids,
-        "log_probs": golden.log_probs,
+        "images": golden_images(),
+        "prompts": np.array(prompts),
+        "token_ids": token_ids,
+        "log_probs": log_probs,
     }
     np.savez_compressed(path, **arrays)

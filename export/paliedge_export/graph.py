@@ -4,6 +4,7 @@ Activations are float32 everywhere; a matrix product casts its operands to the c
 result back. That is the whole precision policy: 16 bit in the matrix products and in the stored
 weights, float32 in norms, softmax, activation functions and the residual stream. With float32 as
 the compute type the casts vanish. Such a graph is strongly typed: a builder has nothing to decide.
+A weight stored in integers brings its own product with it, by the layout that it is stored in.
 Knows nothing of PaliGemma.
 """
 
@@ -17,10 +18,21 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from paliedge_export.weights import StoredTensor
+from paliedge_export.lowering import Lowering
+from paliedge_export.quantization import find_group
+from paliedge_export.weights import INT4, StoredTensor
 
-_IR_VERSIONS = {20: 10, 24: 11}
+_IR_VERSIONS = {20: 10, 21: 10, 24: 11}
 """By opset; 10 and 20 are what the oldest supported readers take: ONNX Runtime 1.23.2 and TensorRT 10.3."""
+_FIRST_OPSET_WITH_INT4 = 21
+_CONTRIB = "com.microsoft"
+_INT8_ACTIVATIONS = 4
+"""MatMulNBits' accuracy_level for products of integers. Without it 8-bit weights are a hundred times slower."""
+
+
+def layer_output(layer: str) -> str:
+    """Name of the tensor that leaves a layer: the residual stream [B, S, H]."""
+    return f"{layer}.output"
 
 
 class GraphBuilder:
@@ -29,16 +41,14 @@ class GraphBuilder:
     def __init__(
         self,
         name: str,
-        opset: int,
+        lowering: Lowering,
         tensors: Mapping[str, StoredTensor],
         compute_type: npt.DTypeLike,
-        *,
-        accumulate_float32: bool,
     ) -> None:
         self.name = name
         self.compute_type = np.dtype(compute_type)
-        self._accumulate_float32 = accumulate_float32
-        self._opset = opset
+        self.lowering = lowering
+        self._opset = lowering.opset
         self._tensors = tensors
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
@@ -109,17 +119,97 @@ class GraphBuilder:
         """Matrix product of two operands of the compute type, as float32."""
         return self._product("MatMul", first, second, self.compute_type)
 
-    def matmul_transposed(self, x: str, weight: str) -> str:
-        """x @ weight.T as float32, in the type in which `weight` [out, in] is stored."""
-        dtype = self._tensors[weight].dtype
-        return self._product("Gemm", self.cast(x, dtype), self.weight(weight), dtype, transB=1)
+    def linear(self, x: str, name: str, *, per_token: bool = False) -> str:
+        """x @ weight + bias as float32, the weight [in, out]; a bias only where one is stored.
 
-    def linear(self, x: str, name: str) -> str:
-        """x @ weight + bias, the weight [in, out]; a bias only where one is stored."""
-        product = self.matmul(self.compute(x), self.weight(f"{name}.weight"))
+        Args:
+            x: float32 [..., K].
+            name: the layer's.
+            per_token: tokens of `x` differ in size, so that they should not share a scale that is
+                measured at run time.
+        """
+        dtype = self._tensors[f"{name}.weight"].dtype
+        if dtype == np.int8 and self.lowering.layout == "contrib":
+            return self._linear_dynamic(x, name, per_token=per_token)
+        if dtype == np.uint8:
+            return self._matmul_blocks(x, f"{name}.weight", f"{name}.weight_scale", bits=4)
+        if dtype == np.int8:
+            product = self._matmul_quantized(x, name)
+        elif dtype == INT4:
+            product = self.matmul(self.compute(x), self._dequantize_groups(name))
+        else:
+            product = self.matmul(self.compute(x), self._weight_to_multiply(f"{name}.weight"))
         if f"{name}.bias" not in self._tensors:
             return product
         return self.op("Add", product, self.weight(f"{name}.bias"))
+
+    def head(self, x: str, weight: str, scales: str) -> str:
+        """x @ weight.T as float32, in the type in which `weight` [out, in] is stored; integers have `scales`."""
+        dtype = self._tensors[weight].dtype
+        if dtype == np.uint8:
+            return self._matmul_blocks(x, weight, scales, bits=8)
+        if dtype == np.int8:
+            dtype = self._tensors[scales].dtype
+            rows = self.op("DequantizeLinear", self.weight(weight), self.weight(scales), axis=0)
+        else:
+            rows = self.weight(weight)
+        return self._product("Gemm", self.cast(x, dtype), rows, dtype, transB=1)
+
+    def _linear_dynamic(self, x: str, name: str, *, per_token: bool) -> str:
+        """Integer product of activations that are measured at run time, by one scale for all tokens.
+
+        `per_token` divides each token by its largest value before, and multiplies the result by it.
+        """
+        weight, scale = self.weight(f"{name}.weight"), self.weight(f"{name}.weight_scale")
+        bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._tensors else ""
+        if not per_token:
+            return self.op("DynamicQuantizeMatMul", x, weight, scale, "", bias, domain=_CONTRIB)
+        largest = self.op("ReduceMax", self.op("Abs", x), self.ints(-1))
+        largest = self.op("Max", largest, self.constant(1e-12))
+        product = self.op("DynamicQuantizeMatMul", self.op("Div", x, largest), weight, scale, domain=_CONTRIB)
+        product = self.op("Mul", product, largest)
+        return self.op("Add", product, bias) if bias else product
+
+    def _matmul_blocks(self, x: str, weight: str, scales: str, bits: int) -> str:
+        """x @ weight.T of a weight in blocks, each with its scale; activations get one a block at run time."""
+        out, blocks, size = self._tensors[weight].shape
+        block_size = size * 8 // bits
+        return self.op(
+            "MatMulNBits",
+            *(x, self.weight(weight), self.weight(scales)),
+            domain=_CONTRIB,
+            K=blocks * block_size,
+            N=out,
+            bits=bits,
+            block_size=block_size,
+            accuracy_level=_INT8_ACTIVATIONS,
+        )
+
+    def _matmul_quantized(self, x: str, name: str) -> str:
+        """Explicit, symmetric and static: what every TensorRT replaces by one product of integers."""
+        scale = self.weight(f"{name}.input_scale")
+        quantized = self.op("QuantizeLinear", x, scale, self.constant(0, np.int8))
+        rounded = self.op("DequantizeLinear", quantized, scale, self.constant(0, np.int8))
+        weight = self.op("DequantizeLinear", self.weight(f"{name}.weight"), self.weight(f"{name}.weight_scale"), axis=1)
+        return self.op("MatMul", rounded, weight)
+
+    def _dequantize_groups(self, name: str) -> str:
+        """A 4-bit weight in the type of its scales; TensorRT reads it as it is stored."""
+        self._opset = max(self._opset, _FIRST_OPSET_WITH_INT4)
+        weight, scales = f"{name}.weight", f"{name}.weight_scale"
+        group = find_group(self._tensors[weight].shape[0])
+        stored = self._tensors[scales].dtype
+        wide = self.op("DequantizeLinear", self.weight(weight), self.weight(scales), axis=0, block_size=group)
+        if stored == self.compute_type:
+            return wide
+        return self.op("Cast", wide, to=helper.np_dtype_to_tensor_dtype(self.compute_type))
+
+    def _weight_to_multiply(self, name: str) -> str:
+        """A weight in the compute type; one that stays in 16 bits beside integers may be stored in another."""
+        weight = self.weight(name)
+        if self._tensors[name].dtype == self.compute_type:
+            return weight
+        return self.op("Cast", weight, to=helper.np_dtype_to_tensor_dtype(self.compute_type))
 
     def _product(self, kind: str, first: str, second: str, dtype: npt.DTypeLike, **attributes: Any) -> str:
         """The product as float32, rounded to `dtype` on its way.
@@ -128,7 +218,7 @@ class GraphBuilder:
         result back are how it is told not to: it replaces them by one float16 kernel that adds up in
         float32. A result left in float32 would make it keep the weights in float32.
         """
-        if self._accumulate_float32 and np.dtype(dtype) == np.float16:
+        if self.lowering.accumulate_float32 and np.dtype(dtype) == np.float16:
             first, second = self.cast(first, np.float32), self.cast(second, np.float32)
             product = self.cast(self.op(kind, first, second, **attributes), dtype)
         else:

@@ -5,61 +5,112 @@ The only module that imports torch and transformers, and only when it is called.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from paliedge.prompt import PromptTokenizer
-from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden, golden_images
+from paliedge.session import FloatArray
+from paliedge_export.compare import MAX_NEW_TOKENS, Answer, Answers
 from paliedge_export.metadata import PROCESSOR_FILES, read_tokens
+from paliedge_export.samples import Sample
 
 if TYPE_CHECKING:
     from transformers import PaliGemmaForConditionalGeneration
 
 
-def make_reference_golden(folder: Path) -> Golden:
-    """Let transformers answer; the pixels are its own processor's, the prompt's ids are ours.
+class Reference:
+    """A checkpoint as transformers runs it; the pixels are its own processor's, the prompt's ids are ours.
 
     Raises:
         ModuleNotFoundError: torch or transformers is not installed.
     """
-    import torch
-    import transformers
-    from transformers import PaliGemmaForConditionalGeneration
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    if any((folder / name).is_file() for name in PROCESSOR_FILES):
-        processor = SiglipImageProcessorPil.from_pretrained(folder)
-    else:
-        size = model.config.vision_config.image_size
-        processor = SiglipImageProcessorPil(
-            size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    def __init__(self, folder: Path) -> None:
+        import torch
+        import transformers
+        from transformers import PaliGemmaForConditionalGeneration
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        self._name = f"transformers {transformers.__version__}"
+        self._model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        if any((folder / name).is_file() for name in PROCESSOR_FILES):
+            self._processor = SiglipImageProcessorPil.from_pretrained(folder)
+        else:
+            size = self._model.config.vision_config.image_size
+            self._processor = SiglipImageProcessorPil(
+                size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            )
+        self._tokens = read_tokens(folder)
+        self._tokenizer = PromptTokenizer(folder / "tokenizer.json", self._tokens)
+
+    def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> Answers:
+        """Answer all prompts greedily, in `kept_tokens` alone if they are given."""
+        import torch
+
+        found = Answers(self._name)
+        for sample in samples:
+            pixels = self._processor([sample.image], return_tensors="pt").pixel_values
+            with torch.no_grad():
+                features = self._model.get_image_features(pixels).pooler_output[0].numpy()
+            found.features.append(features)
+            found.answers.append([self._answer(pixels, prompt, kept_tokens) for prompt in sample.prompts])
+        return found
+
+    def _answer(self, pixels: object, prompt: str, kept_tokens: Sequence[int] | None) -> Answer:
+        tokens, scores, states = [], [], []
+        kept = np.asarray(range(self._tokens.vocab_size) if kept_tokens is None else kept_tokens)
+        steps = reference_steps(
+            self._model, pixels, self._tokenizer.encode_prefix(prompt), self._tokens.image, MAX_NEW_TOKENS, kept
         )
-    tokens = read_tokens(folder)
-    tokenizer = PromptTokenizer(folder / "tokenizer.json", tokens)
-    images = golden_images()
-    pixels = processor([Image.fromarray(image) for image in images], return_tensors="pt").pixel_values
-    with torch.no_grad():
-        features = model.get_image_features(pixels).pooler_output.numpy()
-        logits = np.stack(
-            [
-                reference_logits(model, image[None], prefix, tokens.image, tokens.vocab_size, NUM_NEW_TOKENS)
-                for image in pixels
-                for prefix in map(tokenizer.encode_prefix, PROMPTS)
-            ]
-        ).reshape(len(images), len(PROMPTS), NUM_NEW_TOKENS, -1)
-    highest = logits.max(-1)
-    return Golden(
-        reference=f"transformers {transformers.__version__}",
-        images=images,
-        image_features=features,
-        token_ids=logits.argmax(-1),
-        log_probs=-np.log(np.exp(logits - highest[..., None]).sum(-1)),
-    )
+        for token, logits, hidden in steps:
+            tokens.append(token)
+            shifted = logits - logits.max()
+            scores.append(float(-np.log(np.exp(shifted).sum())))
+            states.append(hidden)
+            if token == self._tokens.eos:
+                break
+        return Answer(tokens, scores, np.array(states, np.float32))
+
+
+def reference_steps(
+    model: PaliGemmaForConditionalGeneration,
+    pixel_values: object,
+    prefix: Sequence[int],
+    image_token: int,
+    num_new_tokens: int,
+    kept: npt.NDArray[np.int64],
+) -> Iterator[tuple[int, FloatArray, FloatArray]]:
+    """Greedy decoding past end-of-sequence: token, logits of the tokens `kept`, last hidden state [H].
+
+    Called with token_type_ids, without which transformers masks the prefix causally.
+    """
+    import torch
+
+    vision = model.config.vision_config
+    num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+    ids = torch.tensor([[image_token] * num_image_tokens + list(prefix)])
+    inputs: dict[str, Any] = {"pixel_values": pixel_values, "token_type_ids": torch.zeros_like(ids)}
+    past = None
+    for length in range(ids.shape[1], ids.shape[1] + num_new_tokens):
+        with torch.no_grad():
+            output = model(
+                input_ids=ids,
+                attention_mask=torch.ones((1, length), dtype=torch.long),
+                past_key_values=past,
+                use_cache=True,
+                output_hidden_states=True,
+                **inputs,
+            )
+        past = output.past_key_values
+        logits = output.logits[0, -1].float().numpy()[kept]
+        token = int(kept[logits.argmax()])
+        yield token, logits, output.hidden_states[-1][0, -1].float().numpy()
+        ids = torch.tensor([[token]])
+        inputs = {"token_type_ids": torch.ones((1, 1), dtype=torch.long)}
 
 
 def reference_logits(
@@ -69,32 +120,8 @@ def reference_logits(
     image_token: int,
     vocab_size: int,
     num_new_tokens: int,
-) -> npt.NDArray[np.float32]:
-    """Greedy decoding past end-of-sequence: logits [num_new_tokens, vocab_size] float32.
-
-    Called with token_type_ids, without which transformers masks the prefix causally.
-    """
-    import torch
-
-    vision = model.config.vision_config
-    num_image_tokens = (vision.image_size // vision.patch_size) ** 2
-    ids = torch.tensor([[image_token] * num_image_tokens + prefix])
-    output = model(
-        input_ids=ids,
-        pixel_values=pixel_values,
-        attention_mask=torch.ones_like(ids),
-        token_type_ids=torch.zeros_like(ids),
-        use_cache=True,
-    )
-    rows = [output.logits[0, -1, :vocab_size]]
-    for length in range(ids.shape[1] + 1, ids.shape[1] + num_new_tokens):
-        output = model(
-            input_ids=rows[-1].argmax()[None, None],
-            attention_mask=torch.ones((1, length), dtype=torch.long),
-            token_type_ids=torch.ones((1, 1), dtype=torch.long),
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-        rows.append(output.logits[0, -1, :vocab_size])
-    logits: npt.NDArray[np.float32] = torch.stack(rows).float().numpy()
-    return logits
+) -> FloatArray:
+    """Greedy decoding past end-of-sequence: logits [num_new_tokens, vocab_size] float32."""
+    kept = np.arange(vocab_size)
+    steps = reference_steps(model, pixel_values, prefix, image_token, num_new_tokens, kept)
+    return np.stack([logits for _, logits, _ in steps])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from paliedge_export.config import ModelConfig, VisionConfig
-from paliedge_export.graph import GraphBuilder
+from paliedge_export.graph import GraphBuilder, layer_output
 from paliedge_export.lowering import Lowering
 
 
@@ -25,7 +25,8 @@ def add_vision_encoder(graph: GraphBuilder, config: ModelConfig, lowering: Lower
         x = graph.op("Add", x, _attend(graph, vision, f"{name}.self_attn", normed, lowering))
         hidden = graph.linear(_norm(graph, vision, f"{name}.layer_norm2", x), f"{name}.mlp.fc1")
         hidden = graph.op("Gelu", hidden, approximate="tanh")
-        x = graph.op("Add", x, graph.linear(hidden, f"{name}.mlp.fc2"))
+        fed = graph.linear(hidden, f"{name}.mlp.fc2", per_token=True)
+        x = graph.op("Add", x, fed, name=layer_output(name))
     x = _norm(graph, vision, "vision_tower.post_layernorm", x)
     features = graph.linear(x, "multi_modal_projector.linear")
     shape = ("batch", vision.num_image_tokens, config.text.hidden_size)
@@ -55,7 +56,7 @@ def _attend(graph: GraphBuilder, vision: VisionConfig, name: str, x: str, loweri
     if lowering.attention == "contrib":
         query, key, value = graph.split(qkv, [width] * 3, axis=-1)
         attended = graph.op("MultiHeadAttention", query, key, value, domain="com.microsoft", num_heads=heads)
-        return graph.linear(attended, f"{name}.out_proj")
+        return graph.linear(attended, f"{name}.out_proj", per_token=True)
     parts = graph.split(graph.op("Reshape", qkv, graph.ints(0, 0, 3 * heads, dim)), [heads] * 3, axis=2)
     parts = [graph.op("Transpose", part, perm=[0, 2, 1, 3]) for part in parts]
     # The factor goes to the query, which keeps scores small in 16 bit.
@@ -67,7 +68,7 @@ def _attend(graph: GraphBuilder, vision: VisionConfig, name: str, x: str, loweri
         scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 1, 3, 2]))
         attended = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
     attended = graph.op("Transpose", graph.cast(attended, np.float32), perm=[0, 2, 1, 3])
-    return graph.linear(graph.op("Reshape", attended, graph.ints(0, 0, width)), f"{name}.out_proj")
+    return graph.linear(graph.op("Reshape", attended, graph.ints(0, 0, width)), f"{name}.out_proj", per_token=True)
 
 
 def _norm(graph: GraphBuilder, vision: VisionConfig, name: str, x: str) -> str:

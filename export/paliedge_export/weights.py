@@ -1,12 +1,22 @@
-"""The weight files: what the graphs of every lowering read, written once.
+"""The weight files: what the graphs of every lowering read.
 
 Fused where graphs want it (query, key and value in one matrix; gate and up in one), transposed to
-[in, out], matrices in the compute type, norms and biases in float32. One tensor at a time is in memory.
+[in, out], matrices in the compute type or in integers, norms and biases in float32. One tensor at a
+time is in memory. Floats are written once for all targets; ONNX Runtime's kernels and TensorRT's want
+integers in different orders, so that a quantised bundle for both has both.
+
+| tensor | "qdq", ONNX's own operators | "contrib", com.microsoft's |
+|---|---|---|
+| 8-bit weight | int8 [K, N], weight_scale float32 [N] | the same |
+| its input, static | input_scale float32 [] | measured at run time |
+| 4-bit weight | int4 [K, N], weight_scale float16 [K / G, N] | uint8 [N, K / G, G / 2], float32 [N, K / G] |
+| head | int8 [V, H], weight_scale float16 [V] | uint8 [V, H / G, G], float32 [V, H / G] |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,14 +28,77 @@ import numpy.typing as npt
 from paliedge.manifest import Precision
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.config import ModelConfig
+from paliedge_export.linears import Linear
+from paliedge_export.lowering import Layout
+from paliedge_export.quantization import (
+    INT8_MAX,
+    find_group,
+    pack_blocks,
+    pack_int4,
+    quantize_int4,
+    quantize_int8,
+)
+from paliedge_export.smoothing import Smoothed
+from paliedge_export.statistics import InputStatistics
 
 DTYPES: dict[Precision, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.float16),
+    "int4": np.dtype(np.float16),
 }
+"""Of matrices that are not quantised."""
+QUANTIZED = ("int8", "int4")
+INT4 = np.dtype(ml_dtypes.int4)
+HEAD_SCALES = "lm_head.weight_scale"
+ROW_SCALES = "embed_tokens.row_scales"
 _ALIGNMENT = 4096
+_SMALLEST_INPUT_SCALE = 1e-6
 _ROWS_AT_A_TIME = 8192
+Tensors = Checkpoint | Smoothed
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the matrices of a bundle are stored.
+
+    Attributes:
+        precision: of the bundle.
+        layout: who reads it; floats are the same for both.
+        inputs: statistics of the linear layers' inputs, for a quantised bundle.
+        kept: linear layers that stay in 16 bits.
+        kept_tokens: ids whose rows the head keeps, ascending; None for all.
+        with_table: write the host's embedding table too, also where it is not the head; a bundle needs one.
+    """
+
+    precision: Precision
+    layout: Layout = "qdq"
+    inputs: Mapping[str, InputStatistics] | None = None
+    kept: frozenset[str] = frozenset()
+    kept_tokens: Sequence[int] | None = None
+    with_table: bool = True
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.precision]
+
+    @property
+    def suffix(self) -> str:
+        """What the weight files of this encoding are called after."""
+        return f"{self.precision}.{self.layout}" if self.precision in QUANTIZED else self.precision
+
+    def bits(self, name: str) -> int:
+        """4, 8 or 0 for a float: how the weight of a linear layer is stored."""
+        if self.inputs is None or name not in self.inputs or name in self.kept:
+            return 0
+        return quantized_bits(self.precision, name, len(self.inputs[name].absmax))
+
+
+def quantized_bits(precision: Precision, name: str, width: int) -> int:
+    """Bits of a linear layer's weight: 4 in an int4 bundle's decoder where `width` has groups, else 8."""
+    in_decoder = name.startswith("language_model")
+    return 4 if precision == "int4" and in_decoder and find_group(width) else 8
 
 
 class StoredTensor(NamedTuple):
@@ -67,12 +140,17 @@ class WeightFile:
             self._stream.write(np.ascontiguousarray(piece.astype(dtype)).view(np.uint8).data)
         self.tensors[name] = StoredTensor(self._name, dtype, shape, offset, self._stream.tell() - offset)
 
+    def add_packed(self, name: str, content: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Write one tensor of `shape` whose elements, narrower than a byte, are packed in `content`."""
+        self.add(name, content, np.uint8)
+        self.tensors[name] = self.tensors[name]._replace(dtype=dtype, shape=shape)
+
 
 Stored = dict[str, StoredTensor]
 
 
 def write_weights(
-    folder: Path, checkpoint: Checkpoint, config: ModelConfig, rows: int, precision: Precision
+    folder: Path, checkpoint: Tensors, config: ModelConfig, rows: int, encoding: Encoding
 ) -> tuple[Stored, Stored]:
     """Write embedding table, head, vision encoder and decoder to files in `folder`; returns what lies where.
 
@@ -81,45 +159,66 @@ def write_weights(
     The first result is the vision encoder's tensors, the second the decoder's, in which `lm_head.weight`
     may be the table itself.
     """
-    dtype = DTYPES[precision]
-    head_dtype = np.dtype(np.float16) if precision == "bf16" else dtype
-    with WeightFile(folder / f"embed_tokens.{precision}.weights") as table:
-        _add_rows(table, checkpoint, EMBED_TOKENS, rows, head_dtype)
-    head = table
-    if not _head_is_table(checkpoint, rows):
-        with WeightFile(folder / f"lm_head.{precision}.weights") as head:
-            _add_rows(head, checkpoint, LM_HEAD, rows, head_dtype)
-    with WeightFile(folder / f"vision_encoder.{precision}.weights") as vision:
-        _add_vision_encoder(vision, checkpoint, config, dtype)
-    with WeightFile(folder / f"decoder.{precision}.weights") as decoder:
-        _add_decoder(decoder, checkpoint, config, dtype)
-    (stored_head,) = head.tensors.values()
-    return vision.tensors, decoder.tensors | table.tensors | {LM_HEAD: stored_head}
+    suffix, every = encoding.suffix, range(rows)
+    quantized = encoding.precision in QUANTIZED
+    tied = _head_is_table(checkpoint, rows)
+    head_is_table = tied and encoding.kept_tokens is None
+    tensors: Stored = {}
+    if encoding.with_table or head_is_table:
+        with WeightFile(folder / f"embed_tokens.{suffix}.weights") as table:
+            _add_table(table, checkpoint, EMBED_TOKENS, every, encoding)
+        tensors |= table.tensors
+    if encoding.with_table and quantized:
+        with WeightFile(folder / f"embed_tokens.{suffix}.scales") as scales:
+            scales.add(ROW_SCALES, _row_scales(checkpoint, EMBED_TOKENS, every))
+        tensors |= scales.tensors
+    source = EMBED_TOKENS if tied else LM_HEAD
+    kept = encoding.kept_tokens or every
+    if not head_is_table:
+        with WeightFile(folder / f"lm_head.{suffix}.weights") as head:
+            _add_table(head, checkpoint, source, kept, encoding)
+        tensors[LM_HEAD] = head.tensors[source]
+    else:
+        tensors[LM_HEAD] = tensors[EMBED_TOKENS]
+    with WeightFile(folder / f"vision_encoder.{suffix}.weights") as vision:
+        _add_vision_encoder(vision, checkpoint, config, encoding)
+    with WeightFile(folder / f"decoder.{suffix}.weights") as decoder:
+        _add_decoder(decoder, checkpoint, config, encoding)
+        if quantized:
+            _add_head_scales(decoder, _row_scales(checkpoint, source, kept), config, encoding.layout)
+    return vision.tensors, decoder.tensors | tensors
 
 
-def _add_vision_encoder(file: WeightFile, checkpoint: Checkpoint, config: ModelConfig, dtype: npt.DTypeLike) -> None:
+def write_linear(folder: Path, name: str, tensors: Tensors, linear: Linear, encoding: Encoding) -> Stored:
+    """Write one linear layer's weight to a file called `name` in `folder`."""
+    with WeightFile(folder / name) as file:
+        _add_linear(file, tensors, linear.name, linear.weights, encoding)
+    return file.tensors
+
+
+def _add_vision_encoder(file: WeightFile, checkpoint: Tensors, config: ModelConfig, encoding: Encoding) -> None:
     root = "vision_tower"
     patch = f"{root}.embeddings.patch_embedding"
     kernel = checkpoint[f"{patch}.weight"].reshape(config.vision.hidden_size, -1)
-    file.add(f"{patch}.weight", kernel.T, dtype)
+    file.add(f"{patch}.weight", kernel.T, encoding.dtype)
     file.add(f"{patch}.bias", checkpoint[f"{patch}.bias"])
     places = f"{root}.embeddings.position_embedding.weight"
     file.add(places, checkpoint[places])
     for index in range(config.vision.num_layers):
         layer = f"{root}.encoder.layers.{index}"
         parts = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
-        weight, bias = (np.concatenate([checkpoint[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias"))
-        file.add(f"{layer}.self_attn.qkv_proj.weight", weight.T, dtype)
-        file.add(f"{layer}.self_attn.qkv_proj.bias", bias)
+        _add_linear(file, checkpoint, f"{layer}.self_attn.qkv_proj", [f"{part}.weight" for part in parts], encoding)
+        biases = np.concatenate([checkpoint[f"{part}.bias"] for part in parts])
+        file.add(f"{layer}.self_attn.qkv_proj.bias", biases)
         for name in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
-            _add_linear(file, checkpoint, f"{layer}.{name}", dtype)
+            _add_linear_and_bias(file, checkpoint, f"{layer}.{name}", encoding)
         for name in ("layer_norm1", "layer_norm2"):
             _add_layer_norm(file, checkpoint, f"{layer}.{name}")
     _add_layer_norm(file, checkpoint, f"{root}.post_layernorm")
-    _add_linear(file, checkpoint, "multi_modal_projector.linear", dtype)
+    _add_linear_and_bias(file, checkpoint, "multi_modal_projector.linear", encoding)
 
 
-def _add_decoder(file: WeightFile, checkpoint: Checkpoint, config: ModelConfig, dtype: npt.DTypeLike) -> None:
+def _add_decoder(file: WeightFile, checkpoint: Tensors, config: ModelConfig, encoding: Encoding) -> None:
     norms = ["input_layernorm", "post_attention_layernorm"]
     if config.text.post_norms:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -127,48 +226,102 @@ def _add_decoder(file: WeightFile, checkpoint: Checkpoint, config: ModelConfig, 
         layer = f"language_model.layers.{index}"
         for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
             module = fused.split(".")[0]
-            weight = np.concatenate([checkpoint[f"{layer}.{module}.{part}_proj.weight"] for part in parts])
-            file.add(f"{layer}.{fused}.weight", weight.T, dtype)
+            weights = [f"{layer}.{module}.{part}_proj.weight" for part in parts]
+            _add_linear(file, checkpoint, f"{layer}.{fused}", weights, encoding)
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            file.add(f"{layer}.{name}.weight", checkpoint[f"{layer}.{name}.weight"].T, dtype)
+            _add_linear(file, checkpoint, f"{layer}.{name}", [f"{layer}.{name}.weight"], encoding)
         for name in norms:
             _add_rms_norm(file, checkpoint, f"{layer}.{name}.weight")
     _add_rms_norm(file, checkpoint, "language_model.norm.weight")
 
 
-def _add_linear(file: WeightFile, checkpoint: Checkpoint, name: str, dtype: npt.DTypeLike) -> None:
-    file.add(f"{name}.weight", checkpoint[f"{name}.weight"].T, dtype)
+def _add_linear_and_bias(file: WeightFile, checkpoint: Tensors, name: str, encoding: Encoding) -> None:
+    _add_linear(file, checkpoint, name, [f"{name}.weight"], encoding)
     file.add(f"{name}.bias", checkpoint[f"{name}.bias"])
 
 
-def _add_layer_norm(file: WeightFile, checkpoint: Checkpoint, name: str) -> None:
+def _add_linear(file: WeightFile, checkpoint: Tensors, name: str, sources: Sequence[str], encoding: Encoding) -> None:
+    """The weight of a linear layer, the checkpoint's `sources` [out, in] in one, as [in, out] or in integers."""
+    weight = np.concatenate([checkpoint[source] for source in sources]).T
+    bits = encoding.bits(name)
+    if not bits or encoding.inputs is None:
+        file.add(f"{name}.weight", weight, encoding.dtype)
+        return
+    found = encoding.inputs[name]
+    weight = weight.astype(np.float32)
+    if bits == 8:
+        codes, scales = quantize_int8(weight, axis=1)
+        file.add(f"{name}.weight", codes, np.int8)
+        file.add(f"{name}.weight_scale", scales)
+        if encoding.layout == "qdq":
+            file.add(f"{name}.input_scale", np.maximum(found.absmax.max() / INT8_MAX, _SMALLEST_INPUT_SCALE))
+        return
+    codes, scales = quantize_int4(weight, found.mean_square)
+    if encoding.layout == "qdq":
+        file.add_packed(f"{name}.weight", pack_int4(codes), codes.shape, INT4)
+        file.add(f"{name}.weight_scale", scales, np.float16)
+    else:
+        file.add(f"{name}.weight", pack_blocks(np.ascontiguousarray(codes.T), find_group(len(codes)), 4), np.uint8)
+        file.add(f"{name}.weight_scale", scales.T)
+
+
+def _add_layer_norm(file: WeightFile, checkpoint: Tensors, name: str) -> None:
     for kind in ("weight", "bias"):
         file.add(f"{name}.{kind}", checkpoint[f"{name}.{kind}"])
 
 
-def _add_rms_norm(file: WeightFile, checkpoint: Checkpoint, name: str) -> None:
+def _add_rms_norm(file: WeightFile, checkpoint: Tensors, name: str) -> None:
     """1 + weight, which is exact to fold: the reference takes the sum in float32 too."""
     file.add(name, np.float32(1) + checkpoint[name].astype(np.float32))
 
 
-def _add_rows(file: WeightFile, checkpoint: Checkpoint, name: str, rows: int, dtype: npt.DTypeLike) -> None:
+def _add_table(file: WeightFile, checkpoint: Tensors, name: str, ids: Sequence[int], encoding: Encoding) -> None:
+    """The rows `ids` of a table, a row a token."""
     width = checkpoint.shape(name)[1]
-    file.add_pieces(name, _pieces(checkpoint, name, rows), (rows, width), dtype)
+    pieces = _pieces(checkpoint, name, ids)
+    if encoding.precision not in QUANTIZED:
+        dtype = np.dtype(np.float16) if encoding.precision == "bf16" else encoding.dtype
+        file.add_pieces(name, pieces, (len(ids), width), dtype)
+        return
+    codes = (quantize_int8(piece.astype(np.float32), 0, np.float16).codes for piece in pieces)
+    if encoding.layout == "qdq":
+        file.add_pieces(name, codes, (len(ids), width), np.int8)
+        return
+    group = find_group(width)
+    blocks = (pack_blocks(piece, group, 8) for piece in codes)
+    file.add_pieces(name, blocks, (len(ids), width // group, group), np.uint8)
 
 
-def _head_is_table(checkpoint: Checkpoint, rows: int) -> bool:
+def _row_scales(checkpoint: Tensors, name: str, ids: Sequence[int]) -> Array:
+    """What the codes of each row are multiples of: [rows], in float16."""
+    pieces = _pieces(checkpoint, name, ids)
+    return np.concatenate([quantize_int8(piece.astype(np.float32), 0, np.float16).scales for piece in pieces])
+
+
+def _add_head_scales(file: WeightFile, scales: Array, config: ModelConfig, layout: Layout) -> None:
+    if layout == "qdq":
+        file.add(HEAD_SCALES, scales, np.float16)
+    else:
+        width = config.text.hidden_size
+        file.add(HEAD_SCALES, np.repeat(scales[:, None], width // find_group(width), axis=1))
+
+
+def _head_is_table(checkpoint: Tensors, rows: int) -> bool:
     """Whether the rows of real tokens are the same: like transformers, a head that differs is no tied one.
 
     That holds whatever config.json says: old checkpoints store a copy of the table, some fine-tunes
     a head of their own without saying so.
     """
-    return LM_HEAD not in checkpoint or all(
-        np.array_equal(head, table)
-        for head, table in zip(_pieces(checkpoint, LM_HEAD, rows), _pieces(checkpoint, EMBED_TOKENS, rows), strict=True)
-    )
+    every = range(rows)
+    pairs = zip(_pieces(checkpoint, LM_HEAD, every), _pieces(checkpoint, EMBED_TOKENS, every), strict=True)
+    return LM_HEAD not in checkpoint or all(np.array_equal(head, table) for head, table in pairs)
 
 
-def _pieces(checkpoint: Checkpoint, name: str, rows: int) -> Iterator[Array]:
-    """The first `rows` rows of a matrix, some at a time."""
-    for start in range(0, rows, _ROWS_AT_A_TIME):
-        yield checkpoint.rows(name, start, min(start + _ROWS_AT_A_TIME, rows))
+def _pieces(checkpoint: Tensors, name: str, ids: Sequence[int]) -> Iterator[Array]:
+    """The rows `ids` of a matrix, ascending, some at a time."""
+    places = np.asarray(ids)
+    for start in range(0, int(places[-1]) + 1, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, int(places[-1]) + 1)
+        chosen = places[(places >= start) & (places < stop)] - start
+        if len(chosen):
+            yield checkpoint.rows(name, start, stop)[chosen]

@@ -57,7 +57,11 @@ class Bundle:
 
     def _check_files(self, check_hashes: bool) -> None:
         manifest = self.manifest
-        named = {manifest.tokenizer, manifest.embedding.file, *([manifest.golden] if manifest.golden else [])}
+        optional = (
+            *(manifest.golden, manifest.calibration, manifest.precision_report),
+            manifest.embedding.row_scales,
+        )
+        named = {manifest.tokenizer, manifest.embedding.file, *filter(None, optional)}
         for target in manifest.targets.values():
             for graph in (target.vision_encoder, target.decoder):
                 named |= {graph.file, *graph.weights}
@@ -86,6 +90,10 @@ class Bundle:
         num_bytes = embedding.rows * hidden_size * ITEMSIZE[embedding.dtype]
         if num_bytes > manifest.files[embedding.file].size:
             raise _damaged(self.folder, f"'{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
+        if (embedding.row_scales is not None) != (embedding.dtype in ("int8", "uint8")):
+            raise _damaged(self.folder, f"an embedding table of {embedding.dtype} and scales that do not go with it")
+        if embedding.row_scales and embedding.rows * 4 > manifest.files[embedding.row_scales].size:
+            raise _damaged(self.folder, f"'{embedding.row_scales}' too small for {embedding.rows} rows")
         used = (
             tokens.vocab_size - 1,
             tokens.bos,

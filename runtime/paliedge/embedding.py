@@ -18,9 +18,17 @@ class EmbeddingTable:
         shape = (embedding.rows, bundle.manifest.model.text.hidden_size)
         self._table = np.memmap(bundle.path(embedding.file), embedding.dtype, "r", shape=shape)
         self._scale = np.float32(embedding.scale)
+        self._zero = np.float32(128 if embedding.dtype == "uint8" else 0)
+        self._row_scales: FloatArray | None = None
+        if embedding.row_scales:
+            self._row_scales = np.memmap(bundle.path(embedding.row_scales), np.float32, "r", shape=shape[:1])
 
     def __call__(self, token_ids: Sequence[int]) -> FloatArray:
         """[S] ids -> [S, H] float32."""
-        rows: FloatArray = self._table[list(token_ids)].astype(np.float32)
+        ids = list(token_ids)
+        rows: FloatArray = self._table[ids].astype(np.float32)
+        if self._row_scales is not None:
+            rows -= self._zero
+            rows *= self._row_scales[ids, None]
         rows *= self._scale
         return rows

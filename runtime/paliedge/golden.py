@@ -33,7 +33,7 @@ class Golden:
     Attributes:
         images: [I, H, W, 3] uint8.
         prompts: P of them.
-        token_ids: [I, P, T]; decoding went on past end-of-sequence.
+        token_ids: [I, P, T], filled up with end-of-sequence.
         log_probs: [I, P, T] float32.
     """
 

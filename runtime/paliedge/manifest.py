@@ -16,9 +16,9 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Flavour = Literal["tensorrt", "rtx"]
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 """Bytes of a tensor's element."""
 Dimension = Count | Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
@@ -117,12 +117,26 @@ class Limits(_Strict, frozen=True):
 
 
 class Embedding(_Strict, frozen=True):
-    """The embedding table [rows, hidden], kept on the host; a row times `scale` is an input embedding."""
+    """The embedding table [rows, hidden], kept on the host; a row times `scale` is an input embedding.
+
+    Integers are multiples of their row's number in `row_scales`, float32 [rows]; uint8 has its zero at 128.
+    """
 
     file: FileName
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "int8", "uint8"]
     rows: Count
     scale: float
+    row_scales: FileName | None = None
+
+
+class Vocabulary(_Strict, frozen=True):
+    """What a reduced head can say: boxes, segments and `labels`; `num_tokens` is its number of rows.
+
+    The graph puts out ids of the whole vocabulary; its log-probabilities are among these tokens alone.
+    """
+
+    labels: tuple[str, ...]
+    num_tokens: Count
 
 
 class Tensor(_Strict, frozen=True):
@@ -194,23 +208,58 @@ class Engine(_Strict, frozen=True):
         return [self.vision_encoder.file, self.decoder.file, *filter(None, [self.timing_cache])]
 
 
-class Comparison(_Strict, frozen=True):
-    """What the export's last step measured against `reference`.
+class Cosine(_Strict, frozen=True):
+    """Cosines of vectors and their reference's: the smallest and the mean."""
 
-    `image_features_error` is relative to the largest feature, `log_prob_error` in nats;
-    `token_match` is the share of equal tokens, the reference's tokens being fed in.
+    min: float
+    mean: float
+
+
+class Comparison(_Strict, frozen=True):
+    """What the export's last step measured against `reference`, whose tokens were fed in.
+
+    Attributes:
+        num_images, num_answers: how many were compared.
+        image_features_error: largest difference, relative to the largest feature.
+        log_prob_error: largest difference of a reference token's log-probability, in nats.
+        image_features: cosine of each image token's features.
+        last_hidden: cosine of the decoder's last-position states after the final norm, one a step.
+        num_not_finite: activations that were infinite or no number.
+        token_match: share of equal tokens.
+        sure_token_match: the same among tokens to which the reference gave a probability of 0.5 or
+            more; None where there were none.
+        first_difference: place of the first token that differs in any answer; None if all are equal.
+        box_iou: mean IoU of the reference's boxes and those at the same place; None without boxes.
     """
 
     reference: str
+    num_images: int
+    num_answers: int
     image_features_error: float
     log_prob_error: float
+    image_features: Cosine
+    last_hidden: Cosine
+    num_not_finite: int
     token_match: float
+    sure_token_match: float | None
+    first_difference: int | None
+    box_iou: float | None
+
+    def describe(self) -> str:
+        """One line."""
+        boxes = "" if self.box_iou is None else f", boxes overlap by {self.box_iou:.1%}"
+        return (
+            f"cosine of features {self.image_features.mean:.5f} (least {self.image_features.min:.4f}), of last states "
+            f"{self.last_hidden.mean:.5f} ({self.last_hidden.min:.4f}), {self.token_match:.1%} of tokens equal{boxes} "
+            f"({self.num_answers} answers on {self.num_images} images, with {self.reference})"
+        )
 
 
 class Manifest(_Strict, frozen=True):
     """The content of `bundle.json`; `sha256` is of the same JSON, compact, with this field empty.
 
-    Each target has an entry in `comparisons` or, with the reason, in `not_compared`.
+    Each target has an entry in `comparisons` or, with the reason, in `not_compared`. `calibration` holds
+    the statistics that a quantised bundle was made with, `precision_report` the comparisons in detail.
     """
 
     format_version: Literal[1]
@@ -227,6 +276,9 @@ class Manifest(_Strict, frozen=True):
     golden: FileName | None
     comparisons: dict[str, Comparison]
     not_compared: dict[str, str]
+    vocabulary: Vocabulary | None
+    calibration: FileName | None
+    precision_report: FileName | None
     files: dict[FileName, File]
     sha256: Sha256 | Literal[""] = ""
 

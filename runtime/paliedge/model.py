@@ -18,8 +18,9 @@ from paliedge.embedding import EmbeddingTable
 from paliedge.errors import UsageError
 from paliedge.images import ImageSource, load_image
 from paliedge.locations import parse_locations
+from paliedge.manifest import Vocabulary
 from paliedge.preprocess import Preprocessor
-from paliedge.prompt import PromptTokenizer
+from paliedge.prompt import PromptTokenizer, asked_labels
 from paliedge.results import DeviceTimings, Generation, Timings
 from paliedge.session import Session
 
@@ -155,7 +156,8 @@ class PaliGemma:
 
         Raises:
             ImageError: the image cannot be read.
-            UsageError: the prompt or `max_new_tokens` is over the bundle's limit.
+            UsageError: the prompt or `max_new_tokens` is over the bundle's limit, or the bundle's reduced
+                head cannot answer the prompt.
         """
         encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, location_tokens, bgr)
         with self._decode(encoded, prefix, limit) as steps:
@@ -244,6 +246,8 @@ class PaliGemma:
                 found=f"{limit}",
                 action="For longer answers export the checkpoint again with --max-new-tokens.",
             )
+        if self.manifest.vocabulary:
+            self._check_task(prompt, self.manifest.vocabulary)
         prefix = self._tokenizer.encode_prefix(prompt, location_tokens=location_tokens)
         room = limits.prefix - self.manifest.model.vision.num_image_tokens
         if len(prefix) > room:
@@ -262,6 +266,17 @@ class PaliGemma:
                 action="Encode the image with the model that answers.",
             )
         return image, prefix, limit
+
+    def _check_task(self, prompt: str, vocabulary: Vocabulary) -> None:
+        """Refuse what a reduced head cannot say: other tasks, other labels."""
+        unknown = [label for label in asked_labels(prompt) or [prompt] if label not in vocabulary.labels]
+        if unknown:
+            raise UsageError(
+                expected=f"`detect` or `segment` with labels that this bundle's reduced output head kept: "
+                f"{_some(vocabulary.labels)}",
+                found=f"'{unknown[0]}'",
+                action="Ask for one of them (`paliedge info` lists all), or export without --head-vocab.",
+            )
 
     @contextmanager
     def _decode(self, image: EncodedImage, prefix: list[int], limit: int) -> Iterator[Iterator[GeneratedToken]]:
@@ -313,6 +328,11 @@ class PaliGemma:
                 device=_device_timings(steps, image, reused=reused),
             ),
         )
+
+
+def _some(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
+    return ", ".join(labels[:8]) + more
 
 
 def _device_timings(steps: list[GeneratedToken], image: EncodedImage, *, reused: bool) -> DeviceTimings | None:

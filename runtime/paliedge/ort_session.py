@@ -104,8 +104,8 @@ class OrtSession:
         self._hidden_size = manifest.model.text.hidden_size
         self._capacity = manifest.limits.capacity
         num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._vision = _load(bundle.path(self._target.vision_encoder.file), num_threads, provider)
-        self._decoder = _load(bundle.path(self._target.decoder.file), num_threads, provider)
+        self._vision = load_graph(bundle.path(self._target.vision_encoder.file), num_threads, provider)
+        self._decoder = load_graph(bundle.path(self._target.decoder.file), num_threads, provider)
         self._empty = {
             tensor.name: np.zeros(
                 [size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype
@@ -164,8 +164,23 @@ def available_providers() -> list[str]:
     return providers
 
 
-def _load(path: Path, num_threads: int, provider: Literal["cpu", "cuda"]) -> ort.InferenceSession:
+def load_graph(
+    path: Path, num_threads: int, provider: Literal["cpu", "cuda"] = "cpu", *, prepack: bool = True
+) -> ort.InferenceSession:
+    """Load one graph.
+
+    Args:
+        path: of the .onnx file.
+        num_threads: for the operators.
+        provider: "cpu" or "cuda".
+        prepack: copy weights into the order that the kernels like best; without it they stay in their files.
+
+    Raises:
+        BundleError, EngineMismatchError: see `OrtSession`.
+    """
     options = ort.SessionOptions()
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -7,13 +7,14 @@ nothing. What is an estimate is called one where it is made.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from paliedge.devices import DEVICES, TARGET_NAMES, Device
 from paliedge.errors import ResourceError, UsageError
-from paliedge.manifest import Graph, Manifest, Model
+from paliedge.manifest import Graph, Manifest, Model, Precision
 from paliedge.roofline import (
     SCHEMES,
     Parameters,
@@ -23,10 +24,9 @@ from paliedge.roofline import (
     cache_bytes_per_token,
     count_parameters,
     estimate_times,
+    scheme_for,
 )
 
-EXPORTED_PRECISIONS: tuple[str, ...] = ("fp16", "bf16")
-"""What this version's exporter writes for TensorRT."""
 BUILD_FACTOR = 3.5
 """Peak memory of a build over the weights of the graph that is built, TensorRT for RTX on a CPU. Vision
 encoder and decoder are built one after the other, each in a process of its own, so the larger one counts."""
@@ -52,7 +52,8 @@ class Memory:
         overhead: `OVERHEAD_BYTES`.
         both: everything together.
         sequential: the larger of the two stages, the vision encoder being freed before the decoder is loaded.
-        table: the embedding table, mapped from a file on the host and not counted as resident.
+        table: the whole embedding table, even beside a reduced head; mapped from a file on the host and not
+            counted as resident.
         build_peak: estimate, while the larger of the two engines is built.
     """
 
@@ -74,7 +75,6 @@ class PrecisionPlan:
 
     Attributes:
         precision: name of the scheme.
-        exported: whether this version can write it.
         memory: see there.
         residency: "both" engines stay loaded; "sequential", one at a time, so that every image waits for
             two loads from disk, which no time here counts; "none", it does not fit.
@@ -84,7 +84,6 @@ class PrecisionPlan:
     """
 
     precision: str
-    exported: bool
     memory: Memory
     residency: Residency
     build_swap: int
@@ -98,8 +97,7 @@ class DevicePlan:
 
     Attributes:
         precisions: widest first.
-        recommended: the precision to aim for, None where none fits.
-        exportable: the same among those that this version exports.
+        recommended: the precision to export in, None where none fits.
     """
 
     device: Device
@@ -107,7 +105,6 @@ class DevicePlan:
     request: Request
     precisions: tuple[PrecisionPlan, ...]
     recommended: PrecisionPlan | None
-    exportable: PrecisionPlan | None
 
 
 class FreeMemory(NamedTuple):
@@ -128,7 +125,6 @@ def plan_bundle(manifest: Manifest, device: Device, *, prompt_tokens: int = 16, 
 
     Raises:
         UsageError: more tokens than the bundle's limits.
-        BundleError: a decoder smaller than its head.
     """
     vision, limits = manifest.model.vision, manifest.limits
     _check_limit("prompt tokens", prompt_tokens, limits.prefix - vision.num_image_tokens)
@@ -142,7 +138,6 @@ def plan_bundle(manifest: Manifest, device: Device, *, prompt_tokens: int = 16, 
         request=request,
         precisions=plans,
         recommended=_recommend(plans),
-        exportable=_recommend(tuple(plan for plan in plans if plan.exported)),
     )
 
 
@@ -170,7 +165,6 @@ def _plan_precision(
     usable = device.usable_bytes
     return PrecisionPlan(
         precision=scheme.name,
-        exported=scheme.name in EXPORTED_PRECISIONS,
         memory=memory,
         residency="both" if memory.both <= usable else "sequential" if memory.sequential <= usable else "none",
         build_swap=max(0, memory.build_peak - usable) if device.unified else 0,
@@ -182,8 +176,7 @@ def _plan_precision(
 def estimate_memory(manifest: Manifest, parameters: Parameters, scheme: Scheme) -> Memory:
     """Bytes of `manifest`'s model in the precision `scheme`; see `Memory`."""
     vision = round(parameters.vision * scheme.vision)
-    head = round(parameters.head * scheme.head)
-    decoder = round(parameters.layers * scheme.layers) + head
+    decoder = round(parameters.layers * scheme.layers + parameters.head * scheme.head)
     cache = cache_bytes(manifest)
     vision_workspace = estimate_vision_workspace(manifest.model)
     decoder_workspace = estimate_decoder_workspace(manifest)
@@ -197,7 +190,7 @@ def estimate_memory(manifest: Manifest, parameters: Parameters, scheme: Scheme) 
         overhead=OVERHEAD_BYTES,
         both=OVERHEAD_BYTES + encoding + decoding,
         sequential=OVERHEAD_BYTES + max(encoding, decoding),
-        table=head,
+        table=round(manifest.embedding.rows * manifest.model.text.hidden_size * scheme.head),
         build_peak=estimate_build_peak(max(vision, decoder)),
     )
 
@@ -298,30 +291,39 @@ def check_run_memory(manifest: Manifest, room_bytes: int) -> Residency:
     Raises:
         ResourceError: with the figures, and what would fit.
     """
-    parameters = count_parameters(manifest)
-    needed = estimate_memory(manifest, parameters, SCHEMES[0])
+    precision = _precision(manifest)
+    needed = estimate_memory(manifest, count_parameters(manifest), scheme_for(precision))
     if needed.sequential <= room_bytes:
         return "both" if needed.both <= room_bytes else "sequential"
-    fitting = [scheme for scheme in SCHEMES if estimate_memory(manifest, parameters, scheme).sequential <= room_bytes]
     advice = [f"Close other programs, or take a larger device: {_and(_boards_with(needed.sequential))}."]
-    if fitting:
-        advice.append(_in_precision(fitting[0], estimate_memory(manifest, parameters, fitting[0]).sequential, "it"))
+    advice += _advise_precision(manifest, precision, "it", lambda memory: memory.sequential, room_bytes)
     raise ResourceError(
-        expected=f"{_gb(needed.sequential)} of memory to run {manifest.producer.checkpoint} in 16 bits, "
+        expected=f"{_gb(needed.sequential)} of memory to run {manifest.producer.checkpoint} in {precision}, "
         f"one engine at a time ({_gb(needed.both)} with both)",
         found=f"{_gb(room_bytes)} free",
         action=" ".join(advice),
     )
 
 
+def _precision(manifest: Manifest) -> Precision:
+    """Of the targets, which are all exported in one; fp16 for a bundle without any, which no export writes."""
+    return next((target.precision for target in manifest.targets.values()), "fp16")
+
+
+def _advise_precision(
+    manifest: Manifest, precision: Precision, what: str, bytes_of: Callable[[Memory], int], room_bytes: int
+) -> list[str]:
+    """A sentence that names the widest precision below `precision` in which `what` fits; none where none does."""
+    own, parameters = scheme_for(precision), count_parameters(manifest)
+    for scheme in SCHEMES:
+        needed = bytes_of(estimate_memory(manifest, parameters, scheme))
+        if scheme.layers < own.layers and needed <= room_bytes:
+            return [f"In {scheme.name} {what} takes {_gb(needed)}."]
+    return []
+
+
 def _boards_with(num_bytes: int) -> tuple[str, ...]:
     return tuple(device.name for device in DEVICES.values() if device.usable_bytes >= num_bytes)
-
-
-def _in_precision(scheme: Scheme, num_bytes: int, what: str) -> str:
-    exported = scheme.name in EXPORTED_PRECISIONS
-    unless = "" if exported else f", which this version does not export (only {_and(EXPORTED_PRECISIONS)})"
-    return f"In {scheme.name} {what} takes {_gb(num_bytes)}{unless}."
 
 
 def _graph_bytes(manifest: Manifest, graph: Graph) -> int:
@@ -331,12 +333,8 @@ def _graph_bytes(manifest: Manifest, graph: Graph) -> int:
 def _what_would_fit(manifest: Manifest, target_name: str, peak: int, available_bytes: int) -> list[str]:
     """Sentences: swap, a narrower precision, a larger device."""
     advice = [f"Add {math.ceil((peak - available_bytes) / 1e9)} GB of swap."]
-    parameters = count_parameters(manifest)
-    for scheme in SCHEMES:
-        smaller = estimate_memory(manifest, parameters, scheme).build_peak
-        if smaller <= available_bytes:
-            advice.append(_in_precision(scheme, smaller, "a build"))
-            break
+    precision = manifest.targets[target_name].precision
+    advice += _advise_precision(manifest, precision, "a build", lambda memory: memory.build_peak, available_bytes)
     boards = [device for device in DEVICES.values() if device.unified and target_name in device.targets]
     larger = next((board for board in boards if board.usable_bytes >= peak), None)
     if larger:

@@ -6,6 +6,7 @@ tokenised apart, so that a prompt that ends in a newline is not merged into anot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,18 @@ from paliedge.errors import BundleError, UsageError
 from paliedge.manifest import Tokens
 
 MAX_PROMPT_CHARACTERS = 100_000
+_BOX_TASK = re.compile(r"\A\s*(?:detect|segment)\s+(\S.*)", re.DOTALL)
+
+
+def asked_labels(prompt: str) -> list[str] | None:
+    """The labels that a `detect` or `segment` prompt asks for; None for any other prompt."""
+    task = _BOX_TASK.match(prompt)
+    return split_labels(task[1]) if task else None
+
+
+def split_labels(text: str) -> list[str]:
+    """`cat ; dog` to its labels."""
+    return [label.strip() for label in text.split(";") if label.strip()]
 
 
 class PromptTokenizer:

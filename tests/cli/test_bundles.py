@@ -97,8 +97,8 @@ def test_export_prints_one_line_and_makes_a_bundle_that_answers(tmp_path: Path) 
     result = run("export", SHAPES_CHECKPOINT, "-o", tmp_path / "bundle")
     assert result.exit_code == 0
     (line,) = result.stdout.splitlines()
-    assert "max error" in line
-    assert "token match 100.0%" in line
+    assert "cosine of features" in line
+    assert "100.0% of tokens equal" in line
     assert run("caption", DEMO_SCENES, "-m", tmp_path / "bundle").stdout == run("caption", DEMO_SCENES).stdout
 
 
@@ -150,3 +150,40 @@ def test_every_option_shows_its_environment_variable() -> None:
                 if isinstance(parameter, click.Option):
                     assert str(parameter.envvar).startswith("PALIEDGE_"), (verb, parameter.name)
                     assert parameter.show_envvar, (verb, parameter.name)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shapes checkpoint in int8, with a ranking of its layers."""
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    result = run("export", SHAPES_CHECKPOINT, "-o", folder, "--precision", "int8", "--sensitivity", "10")
+    assert result.exit_code == 0, result.stderr
+    assert "layer 36 of 36: " in result.stderr
+    assert "boxes overlap by" in result.stdout
+    return folder
+
+
+def test_info_prints_the_precision_report(quantized: Path) -> None:
+    shown = run("info", "--precision-report", quantized).stdout
+    assert "calibrated with 32 images of calibration" in shown
+    assert shown.count("  behind ") == 9
+    assert shown.count(".png: ") == 32
+    assert "language_model.layers.4.mlp.down_proj in 8 bits alone" in shown
+    assert "kept in 16 bits" in shown
+    report = json.loads(run("info", "--precision-report", "--json", quantized).stdout)
+    assert set(report["targets"]) == {"cpu"}
+    assert len(report["sensitivity"]) == 36
+
+
+def test_a_quantised_bundle_answers_and_verifies(quantized: Path) -> None:
+    found = run("detect", DEMO_SCENES / "scene-1.png", "yellow star", "-m", quantized, "--json")
+    assert len(json.loads(found.stdout)["detections"]) == 2
+    golden = json.loads(run("verify", "--json", quantized).stdout)["golden"]
+    assert golden["num_equal"] == golden["num_answers"]
+
+
+def test_a_bundle_that_was_not_compared_has_no_report(tmp_path: Path) -> None:
+    run("export", SHAPES_CHECKPOINT, "-o", tmp_path / "b", "--no-compare")
+    result = run("info", "--precision-report", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "without --no-compare" in result.stderr

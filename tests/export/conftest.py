@@ -8,23 +8,39 @@ from pathlib import Path
 import pytest
 from transformers import PaliGemmaForConditionalGeneration
 
-from paliedge_export.exporter import export_bundle
+from paliedge_export.compare import Runner, collect_statistics
+from paliedge_export.config import read_config
+from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.linears import linears
+from paliedge_export.samples import builtin_samples
+from paliedge_export.statistics import Statistics
+from paliedge_export.weights import QUANTIZED
 from tests.tiny import make_tiny
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint, the model it holds and its fp32 bundle. Read only."""
+    """A checkpoint, the model it holds, its fp32 bundle and what its layers' inputs are like. Read only."""
 
     checkpoint: Path
     model: PaliGemmaForConditionalGeneration
     bundle: Path
+    statistics: Path
+
+    def calibrated(self, precision: str) -> Quantization:
+        """What an export in this precision wants."""
+        return Quantization(self.statistics if precision in QUANTIZED else None)
 
 
 def _make(folder: Path, family: str) -> Tiny:
     model = make_tiny(folder / "checkpoint", family)
     export_bundle(str(folder / "checkpoint"), folder / "bundle", compare=False)
-    return Tiny(folder / "checkpoint", model, folder / "bundle")
+    statistics = Statistics("drawn pictures")
+    runner = Runner(folder / "bundle", "cpu", statistics=True)
+    names = {linear.name for linear in linears(read_config(folder / "checkpoint"))}
+    runner.answer(builtin_samples(), "fp32", watch=collect_statistics(statistics, names))
+    statistics.save(folder / "calibration.safetensors")
+    return Tiny(folder / "checkpoint", model, folder / "bundle", folder / "calibration.safetensors")
 
 
 @pytest.fixture(scope="session")

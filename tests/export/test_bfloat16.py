@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from paliedge.bundle import Bundle
 from paliedge.errors import PrecisionError
-from paliedge_export import compare, weights
+from paliedge_export import weights
 from paliedge_export.bfloat16 import emulate
 from paliedge_export.exporter import export_bundle
 from tests.export.conftest import Tiny
@@ -52,7 +52,7 @@ def test_the_emulation_rounds_operands_and_product() -> None:
 @pytest.mark.parametrize("target", ["jetpack6", "jetpack7"])
 def test_bf16_is_compared_and_leaves_no_emulation_behind(target: str, tiny: Tiny, tmp_path: Path) -> None:
     manifest = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", targets=[target], precision="bf16")
-    assert 1e-4 < manifest.comparisons[target].log_prob_error < compare.LIMITS["bf16"]
+    assert 1e-4 < manifest.comparisons[target].log_prob_error < 0.2
     assert manifest.comparisons[target].token_match > 0.9
     assert Bundle(tmp_path / "bundle").manifest == manifest
     assert not list((tmp_path / "bundle").glob("emulated*"))
@@ -73,6 +73,6 @@ def test_a_bf16_export_with_a_wrong_weight_is_not_published(
         honest(self, name, -array if wrong else array, dtype)
 
     monkeypatch.setattr(weights.WeightFile, "add", spoil)
-    with pytest.raises(PrecisionError, match="bf16 graphs within"):
+    with pytest.raises(PrecisionError, match="bf16 graphs for rtx as good as"):
         export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", targets=["rtx"], precision="bf16")
     assert list(tmp_path.iterdir()) == []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,7 +19,8 @@ from paliedge.errors import CheckpointError, PrecisionError, UsageError
 from paliedge_export import compare, exporter, reference
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
-from paliedge_export.golden import NUM_NEW_TOKENS, PROMPTS, Golden
+from paliedge_export.golden import PROMPTS
+from paliedge_export.samples import Sample
 from tests.export.conftest import Tiny
 
 Content = dict[str, bytes]
@@ -68,8 +72,10 @@ def test_fp32_is_compared_with_transformers(tiny: Tiny, tmp_path: Path) -> None:
     assert manifest.not_compared == {}
     assert manifest.golden is not None
     with np.load(tmp_path / "bundle" / manifest.golden) as golden:
-        assert golden["token_ids"].shape == (len(golden["images"]), len(PROMPTS), NUM_NEW_TOKENS)
-        assert len(np.unique(golden["token_ids"].reshape(-1, NUM_NEW_TOKENS), axis=0)) > 1
+        shape = golden["token_ids"].shape
+        assert shape[:2] == (len(golden["images"]), len(PROMPTS))
+        assert 1 < shape[2] <= compare.MAX_NEW_TOKENS
+        assert len(np.unique(golden["token_ids"].reshape(-1, shape[2]), axis=0)) > 1
 
 
 def test_fp16_is_compared_with_its_fp32_graphs_and_not_with_transformers(
@@ -78,7 +84,7 @@ def test_fp16_is_compared_with_its_fp32_graphs_and_not_with_transformers(
     def refuse(folder: Path) -> None:
         raise AssertionError(folder)
 
-    monkeypatch.setattr(exporter, "make_reference_golden", refuse)
+    monkeypatch.setattr(exporter, "Reference", refuse)
     comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16").comparisons["cpu"]
     assert comparison.reference == "its fp32 graphs"
     assert 0 < comparison.log_prob_error < 5e-2
@@ -115,8 +121,8 @@ def test_graphs_that_differ_from_the_reference_are_not_published(
 def test_a_bundle_over_its_limit_is_not_published(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(compare.LIMITS, "fp16", 1e-9)
-    with pytest.raises(PrecisionError, match="fp16 graphs within 1e-09 of its fp32 graphs"):
+    monkeypatch.setitem(compare.GATES, "fp16", msgspec.structs.replace(compare.GATES["fp16"], error=1e-9))
+    with pytest.raises(PrecisionError, match=r"error of image features .*, over 1e-09; error of log-probabilities"):
         export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision="fp16")
     assert list(tmp_path.iterdir()) == []
 
@@ -124,12 +130,15 @@ def test_a_bundle_over_its_limit_is_not_published(
 def test_answers_that_are_no_numbers_are_not_published(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def make_golden_of_nan(folder: Path) -> Golden:
-        golden = reference.make_reference_golden(folder)
-        return dataclasses.replace(golden, log_probs=golden.log_probs * np.float32("nan"))
+    class ReferenceOfNan(reference.Reference):
+        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> compare.Answers:
+            found = super().answer(samples, kept_tokens)
+            for row in found.answers:
+                row[:] = [dataclasses.replace(one, log_probs=[math.nan] * len(one.tokens)) for one in row]
+            return found
 
-    monkeypatch.setattr(exporter, "make_reference_golden", make_golden_of_nan)
-    with pytest.raises(PrecisionError):
+    monkeypatch.setattr(exporter, "Reference", ReferenceOfNan)
+    with pytest.raises(PrecisionError, match="error of log-probabilities nan"):
         export_bundle(str(paligemma.checkpoint), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
@@ -158,8 +167,8 @@ print(sorted({{"torch", "transformers", "peft"}} & set(sys.modules)))
 @pytest.mark.parametrize(
     ("targets", "precision", "words"),
     [
-        (["cpu"], "bf16", "fp32 or fp16 for the target 'cpu'"),
-        (["jetpack6"], "fp32", "fp16 or bf16 for the target 'jetpack6'"),
+        (["cpu"], "bf16", "fp32 or fp16 or int8 or int4 for the target 'cpu'"),
+        (["jetpack6"], "fp32", "fp16 or bf16 or int8 or int4 for the target 'jetpack6'"),
         (["cpu", "rtx"], "bf16", "for the target 'cpu'"),
         (["cpu", "rtx"], "fp32", "for the target 'rtx'"),
     ],

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 from paliedge import building
 from paliedge.building import build_engine
 from paliedge.bundle import Bundle
 from paliedge.errors import BuildError
 from paliedge.manifest import Engine, Range
-from paliedge_export.exporter import export_bundle
+from paliedge_export.config import read_config
+from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.linears import linears
+from paliedge_export.statistics import Statistics
+from paliedge_export.weights import QUANTIZED
 from tests.export.conftest import Tiny
 from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
@@ -26,16 +32,25 @@ TARGETS = ("jetpack6", "jetpack7")
 """rtx has jetpack7's graphs, which test_parity holds."""
 
 
-def build(checkpoint: Path, folder: Path, target: str, precision: str) -> tuple[Bundle, Engine]:
-    export_bundle(str(checkpoint), folder, targets=[target], precision=precision, compare=False)  # type: ignore[arg-type]
+def build(
+    checkpoint: Path, folder: Path, target: str, precision: str, quantization: Quantization | None = None
+) -> tuple[Bundle, Engine]:
+    export_bundle(
+        str(checkpoint),
+        folder,
+        targets=[target],
+        precision=precision,  # type: ignore[arg-type]
+        quantization=quantization or Quantization(),
+        compare=False,
+    )
     engine = build_engine(folder, "rtx")
     return Bundle(folder), engine
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_tiny_graphs_are_built(target: str, precision: str, tiny: Tiny, tmp_path: Path) -> None:
-    bundle, engine = build(tiny.checkpoint, tmp_path / "bundle", target, precision)
+    bundle, engine = build(tiny.checkpoint, tmp_path / "bundle", target, precision, tiny.calibrated(precision))
     assert bundle.manifest.engines == (engine,)
     assert (engine.target, engine.precision) == (target, precision)
     for plan in (engine.vision_encoder, engine.decoder):
@@ -64,6 +79,43 @@ def test_both_profiles_share_the_weights(target: str, wide: Path, tmp_path: Path
     assert weights > 150e6
     assert len(engine.decoder.profiles) == 2
     assert files[engine.decoder.file].size < 1.05 * weights
+
+
+@pytest.fixture(scope="module")
+def gemma_2b_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of Gemma-2B's shape, in bfloat16, and statistics of inputs that are all alike."""
+    folder = tmp_path_factory.mktemp("gemma_2b_layer")
+    shape = {"hidden_size": 2048, "intermediate_size": 16384, "num_heads": 8, "head_dim": 256, "num_layers": 1}
+    make_tiny(folder, "paligemma", dtype=torch.bfloat16, **shape)  # type: ignore[arg-type]
+    statistics = Statistics("inputs that are all alike")
+    for linear in linears(read_config(folder)):
+        ones = np.ones(linear.width, np.float32)
+        statistics.add(linear.name, 4 * ones, ones, 1)
+    statistics.save(folder / "calibration.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp16_engine_size(gemma_2b_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    return decoder_size(gemma_2b_layer, tmp_path_factory.mktemp("fp16"), "jetpack6", "fp16")
+
+
+def decoder_size(checkpoint: Path, work: Path, target: str, precision: str) -> int:
+    statistics = checkpoint / "calibration.safetensors" if precision in QUANTIZED else None
+    quantization = Quantization(statistics, smooth=False)
+    bundle, engine = build(checkpoint, work / "bundle", target, precision, quantization)
+    return bundle.manifest.files[engine.decoder.file].size
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "largest"),
+    [("int8", "jetpack6", 0.55), ("int4", "jetpack6", 0.32), ("int4", "jetpack7", 0.32)],
+)
+def test_weights_stay_integers_in_the_engine(
+    precision: str, target: str, largest: float, gemma_2b_layer: Path, fp16_engine_size: int, tmp_path: Path
+) -> None:
+    """A builder that multiplied them out would give fp16's size."""
+    assert decoder_size(gemma_2b_layer, tmp_path, target, precision) <= largest * fp16_engine_size
 
 
 def test_a_decode_profile_of_single_points_would_double_them(

@@ -27,7 +27,7 @@ from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
 
 FILES = (
-    "decoder.opset20.onnx",
+    "decoder.cpu.onnx",
     "decoder.fp32.weights",
     "embed_tokens.fp32.weights",
     "tokenizer.json",
@@ -546,7 +546,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(name: str, exported:
     neighbours = [tmp_path / ".bundle2.new-abc123", tmp_path / f"{name}.new-abc123", tmp_path / ".new-abc123"]
     for path in (dead, *neighbours):
         path.mkdir()
-        (path / "decoder.opset20.onnx").write_text("half a graph")
+        (path / "decoder.cpu.onnx").write_text("half a graph")
     with publish_bundle(folder) as staging:
         assert not dead.exists()
         copy_into(exported, staging)

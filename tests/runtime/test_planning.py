@@ -11,10 +11,10 @@ import pytest
 from paliedge.bundle import Bundle
 from paliedge.devices import DEVICES, TARGET_NAMES, Device
 from paliedge.errors import ResourceError, UsageError
+from paliedge.manifest import Precision, Vocabulary
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.planning import (
     BUILD_FACTOR,
-    EXPORTED_PRECISIONS,
     OVERHEAD_BYTES,
     DevicePlan,
     FreeMemory,
@@ -22,12 +22,15 @@ from paliedge.planning import (
     available_memory,
     cache_bytes,
     check_build_memory,
+    check_run_memory,
     estimate_decoder_workspace,
     estimate_vision_workspace,
     plan_bundle,
 )
-from tests.large import PALIGEMMA2_3B, PALIGEMMA_3B, Size, make_manifest
+from tests.large import COUNTED, PALIGEMMA2_3B, PALIGEMMA_3B, Size, make_manifest
 
+SHALLOW = replace(PALIGEMMA_3B, text=msgspec.structs.replace(PALIGEMMA_3B.text, num_layers=1), rows=2048)
+"""A decoder that is smaller than the vision encoder."""
 NANO, AGX = DEVICES["orin-nano-8gb"], DEVICES["agx-orin-64gb"]
 GB = 10**9
 
@@ -60,14 +63,33 @@ def test_only_orins_take_jetpack_6() -> None:
 @pytest.mark.parametrize(
     ("size", "weights"),
     [
-        (PALIGEMMA_3B, {"fp16": 5.85, "int8": 2.92, "int4": 2.38}),
-        (PALIGEMMA2_3B, {"fp16": 6.06, "int8": 3.03, "int4": 2.47}),
+        (PALIGEMMA_3B, {"fp16": 5.85, "int8": 2.92, "int4": 2.38 - 0.415}),
+        (PALIGEMMA2_3B, {"fp16": 6.06, "int8": 3.03, "int4": 2.47 - 0.415}),
     ],
     ids=["paligemma", "paligemma2"],
 )
 def test_weights_are_those_published(size: Size, weights: dict[str, float]) -> None:
+    """The published int4 has 2 bytes for each of the vision encoder's 0.415 billion parameters, the exported one 1."""
     for plan in plan_bundle(make_manifest(size), AGX).precisions:
         assert (plan.memory.vision + plan.memory.decoder) / GB == pytest.approx(weights[plan.precision], abs=0.006)
+
+
+@pytest.mark.parametrize(("size", "image_size", "vision", "layers", "head"), COUNTED)
+def test_weights_are_parameters_by_their_bytes(
+    size: Size, image_size: int, vision: int, layers: int, head: int
+) -> None:
+    found = [one.memory for one in plan_bundle(make_manifest(size, image_size), AGX).precisions]
+    assert [memory.vision for memory in found] == [2 * vision, vision, vision]
+    assert [memory.decoder for memory in found] == [2 * (layers + head), layers + head, layers * 33 // 64 + head]
+
+
+def test_a_reduced_head_is_resident_and_the_whole_table_is_mapped() -> None:
+    manifest = make_manifest(PALIGEMMA_3B)
+    reduced = msgspec.structs.replace(manifest, vocabulary=Vocabulary(labels=("cat",), num_tokens=1500))
+    for whole, small in zip(plan_bundle(manifest, AGX).precisions, plan_bundle(reduced, AGX).precisions, strict=True):
+        head_bytes = {"fp16": 2, "int8": 1, "int4": 1}[small.precision]
+        assert small.memory.table == whole.memory.table == 257216 * 2048 * head_bytes
+        assert whole.memory.decoder - small.memory.decoder == (257216 - 1500) * 2048 * head_bytes
 
 
 def test_the_cache_holds_prefix_and_answer_of_the_limits() -> None:
@@ -88,9 +110,7 @@ def test_one_engine_at_a_time_takes_the_larger_stage() -> None:
     memory = plan_bundle(make_manifest(PALIGEMMA_3B), AGX).precisions[0].memory
     assert memory.sequential == OVERHEAD_BYTES + memory.decoder + memory.cache + memory.decoder_workspace
     assert memory.sequential < memory.both
-    text = msgspec.structs.replace(PALIGEMMA_3B.text, num_layers=1)
-    shallow = make_manifest(replace(PALIGEMMA_3B, text=text, layers_millions=110, rows=2048), 896)
-    memory = plan_bundle(shallow, AGX).precisions[0].memory
+    memory = plan_bundle(make_manifest(SHALLOW, 896), AGX).precisions[0].memory
     assert memory.sequential == OVERHEAD_BYTES + memory.vision + memory.vision_workspace
 
 
@@ -111,15 +131,12 @@ def test_fp16_of_3b_neither_runs_nor_builds_on_an_orin_nano() -> None:
     assert fp16.memory.sequential > NANO.usable_bytes
     assert fp16.memory.build_peak > NANO.memory_bytes
     assert fp16.build_swap == fp16.memory.build_peak - NANO.usable_bytes
-    assert plan.exportable is None
     assert {plan_of(name, plan).residency for name in ("int8", "int4")} == {"both"}
 
 
 @pytest.mark.parametrize("key", ["orin-nx-16gb", "agx-orin-64gb", "thor", "h200"])
 def test_fp16_of_3b_runs_on_larger_devices(key: str) -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES[key])
-    assert plan_of("fp16", plan).residency == "both"
-    assert plan.exportable is plan_of("fp16", plan)
+    assert plan_of("fp16", plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES[key])).residency == "both"
 
 
 def test_a_build_on_16_gb_wants_swap_in_fp16_and_none_in_int8() -> None:
@@ -160,7 +177,7 @@ def test_the_fastest_in_practice_is_recommended(key: str, image_size: int, expec
 
 
 def test_a_wider_precision_wins_where_it_is_about_as_fast() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES["orin-nx-16gb"])
+    plan = plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES["orin-nx-16gb"], new_tokens=8)
     int8, int4 = plan_of("int8", plan), plan_of("int4", plan)
     assert int4.sustained.answer < int8.sustained.answer < int4.sustained.answer / 0.9
     assert plan.recommended is int8
@@ -192,15 +209,7 @@ def test_residency_changes_at_the_byte() -> None:
 
 
 def test_where_nothing_fits_nothing_is_recommended() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), with_usable(NANO, GB))
-    assert plan.recommended is plan.exportable is None
-
-
-def test_what_is_not_exported_yet_is_marked() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), AGX)
-    assert {one.precision: one.exported for one in plan.precisions} == {"fp16": True, "int8": False, "int4": False}
-    assert plan.exportable is plan_of("fp16", plan)
-    assert "fp16" in EXPORTED_PRECISIONS
+    assert plan_bundle(make_manifest(PALIGEMMA_3B), with_usable(NANO, GB)).recommended is None
 
 
 def test_the_shipped_bundle_fits_everywhere() -> None:
@@ -208,7 +217,6 @@ def test_the_shipped_bundle_fits_everywhere() -> None:
     for device in DEVICES.values():
         plan = plan_bundle(manifest, device)
         assert all(one.residency == "both" and one.build_swap == 0 for one in plan.precisions)
-        assert plan.exportable is not None
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens"])
@@ -231,7 +239,7 @@ def test_a_build_that_cannot_fit_is_refused_with_figures_and_a_way_out() -> None
     assert "decoder" in error.expected
     assert error.found == "10.0 GB free"
     assert "Add 9 GB of swap." in error.action
-    assert "In int8 a build takes 9.4 GB, which this version does not export (only fp16 and bf16)." in error.action
+    assert "In int8 a build takes 9.4 GB." in error.action
     assert "Jetson AGX Orin 64GB with JetPack 7.2 has enough as it is." in error.action
 
 
@@ -241,10 +249,29 @@ def test_advice_names_only_what_would_fit() -> None:
     assert caught.value.action.startswith("Add 18 GB of swap. Jetson AGX Orin")
 
 
-def test_advice_for_a_wide_precision_is_one_that_can_be_exported() -> None:
+@pytest.mark.parametrize(
+    ("precision", "available", "action"),
+    [
+        ("fp32", 20 * GB, "Add 16 GB of swap. In fp16 a build takes 18.2 GB."),
+        ("bf16", 10 * GB, "Add 9 GB of swap. In int8 a build takes 9.4 GB."),
+        ("int8", 9 * GB, "Add 1 GB of swap. In int4 a build takes 6.0 GB."),
+        ("int4", 6 * GB, "Add 1 GB of swap."),
+    ],
+)
+def test_a_narrower_precision_is_advised_where_there_is_one(precision: Precision, available: int, action: str) -> None:
     with pytest.raises(ResourceError) as caught:
-        check_build_memory(make_manifest(PALIGEMMA_3B, precision="fp32", target="rtx"), "rtx", 20 * GB)
-    assert caught.value.action == "Add 16 GB of swap. In fp16 a build takes 18.2 GB."
+        check_build_memory(make_manifest(PALIGEMMA_3B, precision=precision, target="rtx"), "rtx", available)
+    assert caught.value.action == action
+
+
+def test_advice_never_names_the_bundles_own_precision() -> None:
+    """Layers kept in 16 bits make a bundle larger than its precision is taken to be."""
+    manifest = make_manifest(PALIGEMMA_3B, precision="int4", target="rtx")
+    decoder = msgspec.structs.replace(manifest.files["decoder.weights"], size=2 * GB)
+    larger = msgspec.structs.replace(manifest, files=manifest.files | {"decoder.weights": decoder})
+    with pytest.raises(ResourceError) as caught:
+        check_build_memory(larger, "rtx", 8 * GB)
+    assert caught.value.action == "Add 2 GB of swap."
 
 
 def test_a_build_is_refused_below_its_peak_and_not_at_it() -> None:
@@ -256,9 +283,51 @@ def test_a_build_is_refused_below_its_peak_and_not_at_it() -> None:
 
 
 def test_the_larger_graph_may_be_the_vision_encoder() -> None:
-    small = replace(PALIGEMMA_3B, layers_millions=1, rows=2048)
     with pytest.raises(ResourceError, match="build the vision encoder of 'jetpack7'"):
-        check_build_memory(make_manifest(small), "jetpack7", GB)
+        check_build_memory(make_manifest(SHALLOW), "jetpack7", GB)
+
+
+@pytest.mark.parametrize(("precision", "scheme"), [("fp16", 0), ("bf16", 0), ("int8", 1), ("int4", 2)])
+def test_a_run_needs_what_the_bundles_own_precision_takes(precision: Precision, scheme: int) -> None:
+    manifest = make_manifest(PALIGEMMA_3B, precision=precision)
+    memory = plan_bundle(manifest, AGX).precisions[scheme].memory
+    assert check_run_memory(manifest, memory.both) == "both"
+    assert check_run_memory(manifest, memory.both - 1) == "sequential"
+    assert check_run_memory(manifest, memory.sequential) == "sequential"
+    with pytest.raises(ResourceError, match=f"to run checkpoint in {precision}, one engine at a time"):
+        check_run_memory(manifest, memory.sequential - 1)
+
+
+def test_a_run_in_32_bits_needs_twice_the_weights_of_16() -> None:
+    manifest = make_manifest(PALIGEMMA_3B, precision="fp32", target="cpu")
+    fp16 = plan_bundle(manifest, AGX).precisions[0].memory
+    needed = fp16.sequential + fp16.decoder
+    assert check_run_memory(manifest, needed) == "sequential"
+    with pytest.raises(ResourceError, match="in fp32"):
+        check_run_memory(manifest, needed - 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("bf16", "5.7 GB of memory to run checkpoint in bf16, one engine at a time (6.5 GB with both)"),
+        ("int8", "3.2 GB of memory to run checkpoint in int8, one engine at a time (3.6 GB with both)"),
+    ],
+)
+def test_a_run_that_cannot_fit_is_refused_with_figures_and_a_way_out(precision: Precision, expected: str) -> None:
+    with pytest.raises(ResourceError) as caught:
+        check_run_memory(make_manifest(PALIGEMMA_3B, precision=precision), 3 * GB)
+    error = caught.value
+    assert (error.expected, error.found) == (expected, "3.0 GB free")
+    assert error.action.startswith("Close other programs, or take a larger device: ")
+    assert "Jetson AGX Orin 64GB" in error.action
+    assert error.action.endswith(". In int4 it takes 2.2 GB.")
+
+
+def test_below_int4_there_is_no_precision_to_advise() -> None:
+    with pytest.raises(ResourceError) as caught:
+        check_run_memory(make_manifest(PALIGEMMA_3B, precision="int4"), 2 * GB)
+    assert " In " not in caught.value.action
 
 
 def test_free_memory_and_swap_are_read_in_bytes(tmp_path: Path) -> None:

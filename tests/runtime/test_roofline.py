@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
+from safetensors import safe_open
 
+from paliedge.bundle import Bundle
 from paliedge.devices import DEVICES
-from paliedge.errors import BundleError
-from paliedge.manifest import Precision
+from paliedge.manifest import Precision, Vocabulary
+from paliedge.model import SHIPPED_BUNDLE
 from paliedge.planning import DevicePlan, plan_bundle
-from paliedge.roofline import Times, cache_bytes_per_token, count_parameters, decoder_flops, vision_flops
-from tests.large import PALIGEMMA2_3B, PALIGEMMA_3B, Size, make_manifest
+from paliedge.roofline import Times, cache_bytes_per_token, count_parameters, decoder_flops, scheme_for, vision_flops
+from tests.large import COUNTED, PALIGEMMA2_3B, PALIGEMMA_3B, Size, make_manifest
+
+CHECKPOINT = Path(__file__).parents[2] / "benchmarks/shapes/checkpoint/model.safetensors"
 
 FLOPS = [
     (PALIGEMMA_3B, 224, "0.220", "1.090"),
@@ -24,7 +30,8 @@ FLOPS = [
 ]
 
 # Device, family, pixels: milliseconds of vision and prefill (fp16/int8), a token, the answer's floor and the answer
-# in practice (fp16/int8/int4).
+# in practice (fp16/int8/int4). The table is older than the int4 that is exported: its int4 answers begin with an FP16
+# vision encoder.
 PUBLISHED = """
 orin-nano-8gb-15w 1 224 21.6/10.7 107/53   73.9/37.0/22.9 793/397/334    1129/564/517
 orin-nano-8gb-15w 1 448 96/48     420/209  74.1/37.2/23.1 1182/591/723   1862/930/1250
@@ -70,6 +77,13 @@ def floors(plan: DevicePlan, stage: str) -> list[float]:
     return [getattr(one.floor, stage) for one in plan.precisions]
 
 
+def answers_as_published(times: list[Times]) -> list[float]:
+    """Answers in fp16, int8 and int4, the last with the FP16 vision encoder in the place of its own, an INT8 one."""
+    fp16, int8, int4 = times
+    assert int4.vision == int8.vision
+    return [fp16.answer, int8.answer, int4.answer - int8.vision + fp16.vision]
+
+
 def assert_rounds_to(computed: list[float], printed: str) -> None:
     """Off by less than one in the last digit that is printed, so that a rounded term of a sum may differ."""
     texts = printed.split("/")
@@ -87,6 +101,13 @@ def test_operations_are_those_published(size: Size, image_size: int, vision: str
     assert_rounds_to([decoder_flops(manifest, prefix, prefix) / 1e12], prefill)
 
 
+def test_a_reduced_head_multiplies_its_own_rows_alone() -> None:
+    manifest = make_manifest(PALIGEMMA_3B)
+    reduced = msgspec.structs.replace(manifest, vocabulary=Vocabulary(labels=("cat",), num_tokens=1500))
+    assert decoder_flops(reduced, tokens=0, length=0) == 2 * 1500 * 2048
+    assert count_parameters(reduced) == replace(count_parameters(manifest), head=1500 * 2048)
+
+
 def test_the_head_at_every_position_would_cost_what_is_published() -> None:
     head = decoder_flops(make_manifest(PALIGEMMA_3B), tokens=0, length=0)
     assert_rounds_to([271 * head / 1e12], "0.286")
@@ -96,9 +117,10 @@ def test_the_head_at_every_position_would_cost_what_is_published() -> None:
 def test_times_are_those_published(row: list[str]) -> None:
     device, family, pixels, vision, prefill, token, answer, sustained = row
     plan = plan_for(device, SIZES[family], int(pixels))
-    for stage, printed in (("vision", vision), ("prefill", prefill), ("token", token), ("answer", answer)):
+    for stage, printed in (("vision", vision), ("prefill", prefill), ("token", token)):
         assert_rounds_to(floors(plan, stage), printed)
-    assert_rounds_to([one.sustained.answer for one in plan.precisions], sustained)
+    assert_rounds_to(answers_as_published([one.floor for one in plan.precisions]), answer)
+    assert_rounds_to(answers_as_published([one.sustained for one in plan.precisions]), sustained)
 
 
 @pytest.mark.parametrize("row", rows(THOR), ids=" ".join)
@@ -140,30 +162,58 @@ def test_a_longer_prompt_costs_prefill_and_a_little_cache() -> None:
     assert 1 < long.token / short.token < 1.001
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(("size", "image_size", "vision", "layers", "head"), COUNTED)
+def test_parameters_are_those_that_transformers_counts(
+    size: Size, image_size: int, vision: int, layers: int, head: int
+) -> None:
+    parameters = count_parameters(make_manifest(size, image_size))
+    assert (parameters.vision, parameters.layers, parameters.head) == (vision, layers, head)
+
+
+def test_the_published_total() -> None:
+    parameters = count_parameters(make_manifest(PALIGEMMA_3B))
+    assert parameters.vision + parameters.layers + parameters.head == 2_923_466_480
+
+
+def test_parameters_are_those_of_the_shipped_bundles_checkpoint() -> None:
+    counts = {"vision": 0, "layers": 0}
+    with safe_open(CHECKPOINT, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+            if "embed_tokens" not in name:
+                part = "layers" if name.startswith("language_model") else "vision"
+                counts[part] += math.prod(file.get_slice(name).get_shape())
+    manifest = Bundle(SHIPPED_BUNDLE, check_hashes=False).manifest
+    parameters = count_parameters(manifest)
+    assert counts == {"vision": parameters.vision, "layers": parameters.layers}
+    assert parameters.head == manifest.tokens.vocab_size * 128
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_do_not_depend_on_what_was_exported(precision: Precision, tied: bool) -> None:
     parameters = count_parameters(make_manifest(PALIGEMMA_3B, precision=precision, target="cpu", tied=tied))
     assert parameters == replace(count_parameters(make_manifest(PALIGEMMA_3B)), tied=tied)
-    assert parameters.head == 257216 * 2048
-    assert parameters.vision + parameters.layers + parameters.head == pytest.approx(2_923_466_480, rel=1e-5)
 
 
-def test_a_table_of_another_type_than_the_graphs_counts_by_its_own() -> None:
-    manifest = make_manifest(PALIGEMMA_3B)
-    table = manifest.files["table.weights"]
-    files = manifest.files | {"table.weights": msgspec.structs.replace(table, size=2 * table.size)}
-    embedding = msgspec.structs.replace(manifest.embedding, dtype="float32")
-    wide = msgspec.structs.replace(manifest, files=files, embedding=embedding)
-    assert count_parameters(wide) == count_parameters(manifest)
+def test_a_table_in_the_order_of_one_target_is_the_head_there_alone() -> None:
+    """An integer bundle has a table for `cpu` and one for TensorRT; the manifest's is one of them."""
+    manifest, other = make_manifest(target="jetpack7"), make_manifest(target="cpu", tied=False)
+    targets = {**other.targets, **manifest.targets}
+    assert count_parameters(msgspec.structs.replace(manifest, targets=targets)).tied
 
 
-def test_a_decoder_without_its_weights_is_refused() -> None:
-    manifest = make_manifest()
-    small = manifest.files | {"decoder.weights": msgspec.structs.replace(manifest.files["decoder.weights"], size=0)}
-    for broken in (
-        msgspec.structs.replace(manifest, files=small),
-        msgspec.structs.replace(manifest, targets={}),
-    ):
-        with pytest.raises(BundleError, match="Export the checkpoint again"):
-            count_parameters(broken)
+@pytest.mark.parametrize(
+    ("precision", "name", "num_bytes"),
+    [
+        ("fp32", "fp32", (4, 4, 4)),
+        ("fp16", "fp16", (2, 2, 2)),
+        ("bf16", "fp16", (2, 2, 2)),
+        ("int8", "int8", (1, 1, 1)),
+        ("int4", "int4", (1, 0.515625, 1)),
+    ],
+)
+def test_a_bundles_precision_has_its_scheme(
+    precision: Precision, name: str, num_bytes: tuple[float, float, float]
+) -> None:
+    scheme = scheme_for(precision)
+    assert (scheme.name, scheme.vision, scheme.layers, scheme.head) == (name, *num_bytes)

@@ -13,6 +13,7 @@ from paliedge.cli.predict import print_answer, save_picture
 
 if TYPE_CHECKING:
     from paliedge.backends import BackendOptions
+    from paliedge.bundle import Bundle
     from paliedge.selfcheck import RunReport
 
 DEMO_SCENES = Path(__file__).parents[1] / "scenes"
@@ -20,15 +21,26 @@ DEMO_SCENES = Path(__file__).parents[1] / "scenes"
 
 @click.command()
 @bundle_argument
+@click.option(
+    "--precision-report",
+    is_flag=True,
+    envvar="PALIEDGE_PRECISION_REPORT",
+    show_envvar=True,
+    help="What the export's comparison measured: layers, answers, and the sensitivity ranking if there is one.",
+)
 @json_option("The answer as JSON.")
-def info(bundle: Path | None, as_json: bool) -> None:
+def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
     """Say what a bundle holds; without BUNDLE, the shipped one."""
     import msgspec
 
     from paliedge.bundle import Bundle
     from paliedge.model import SHIPPED_BUNDLE
 
-    manifest = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False).manifest
+    opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
+    manifest = opened.manifest
+    if precision_report:
+        _print_precision_report(opened, as_json=as_json)
+        return
     if as_json:
         click.echo(msgspec.json.encode(manifest))
         return
@@ -48,13 +60,12 @@ def info(bundle: Path | None, as_json: bool) -> None:
         size = sum(manifest.files[name].size for name in names) / 1e6
         rows[f"target {name}"] = f"{target.precision}, {size:.1f} MB of weights"
         if name in manifest.comparisons:
-            found = manifest.comparisons[name]
-            rows[f"  {name} compared"] = (
-                f"with {found.reference}: features off by {found.image_features_error:.1e}, "
-                f"log-probabilities by {found.log_prob_error:.1e}, {found.token_match:.1%} of tokens equal"
-            )
+            rows[f"  {name} compared"] = manifest.comparisons[name].describe()
         else:
             rows[f"  {name} compared"] = f"no: {manifest.not_compared[name]}"
+    if manifest.vocabulary:
+        labels = ", ".join(manifest.vocabulary.labels)
+        rows["reduced head"] = f"{manifest.vocabulary.num_tokens} tokens: boxes, segments and {labels}"
     for engine in manifest.engines:
         rows[f"engine {engine.flavour}"] = (
             f"{engine.version} for compute capability {engine.compute_capability}, {engine.precision}, "
@@ -62,6 +73,40 @@ def info(bundle: Path | None, as_json: bool) -> None:
         )
     for name, value in rows.items():
         click.echo(f"{name:<18} {value}")
+
+
+def _print_precision_report(bundle: Bundle, *, as_json: bool) -> None:
+    from paliedge.errors import UsageError
+
+    name = bundle.manifest.precision_report
+    if name is None:
+        raise UsageError(
+            expected="a bundle that was compared when it was exported",
+            found=f"{bundle.folder}, which was not",
+            action="Export it again without --no-compare.",
+        )
+    content = bundle.path(name).read_text()
+    if as_json:
+        click.echo(content, nl=False)
+        return
+    report = json.loads(content)
+    if report["calibrated_with"]:
+        click.echo(f"calibrated with {report['calibrated_with']}")
+    for target, found in report["targets"].items():
+        click.echo(f"{target}, {found['precision']}: {bundle.manifest.comparisons[target].describe()}")
+        for layer, cosine in found["layers"].items():
+            click.echo(f"  {cosine:.6f}  behind {layer}")
+        for row in found["answers"]:
+            first = "" if row["first_difference"] is None else f", first difference at {row['first_difference']}"
+            click.echo(
+                f"  {row['hidden_cosine']:.6f}  {row['image']}: {row['prompt']}: "
+                f"{row['token_match']:.1%} of the tokens of '{row['reference']}'{first}"
+            )
+    for target, reason in bundle.manifest.not_compared.items():
+        click.echo(f"{target}: not compared: {reason}")
+    for layer in report["sensitivity"]:
+        kept = ", kept in 16 bits" if layer["kept"] else ""
+        click.echo(f"  {layer['error']:.2e}  {layer['name']} in {layer['bits']} bits alone{kept}")
 
 
 @click.command()

@@ -105,12 +105,11 @@ def _print_device(plan: DevicePlan) -> None:
     _print_row("", _STROKE)
     click.echo()
     _print_row("recommended", _advice(plan))
-    _print_exportable(plan)
 
 
 def _print_devices(plans: Sequence[DevicePlan]) -> None:
     click.echo()
-    heads = ("usable", "recommended", "fits", "answer, ms", "swap to build", "exported today")
+    heads = ("usable", "recommended", "fits", "answer, ms", "swap to build")
     rows = [(plan.device.key, *_device_cells(plan)) for plan in plans]
     _print_table("device", heads, rows)
     _print_row("", _STROKE)
@@ -118,13 +117,12 @@ def _print_devices(plans: Sequence[DevicePlan]) -> None:
 
 
 def _device_cells(plan: DevicePlan) -> tuple[str, ...]:
-    usable, best, today = _size(plan.device.usable_bytes), plan.recommended, plan.exportable
+    usable, best = _size(plan.device.usable_bytes), plan.recommended
     if not best:
-        return usable, "none", _RESIDENCY["none"], "-", "-", "none fits"
+        return usable, "none", _RESIDENCY["none"], "-", "-"
     answer = _pair(best.floor.answer, best.sustained.answer)
     swap = _size(best.build_swap) if best.build_swap else "-"
-    fitting_today = today.precision if today else "none fits"
-    return usable, best.precision, _RESIDENCY[best.residency], answer, swap, fitting_today
+    return usable, best.precision, _RESIDENCY[best.residency], answer, swap
 
 
 def _memory_cells(plan: PrecisionPlan) -> tuple[str, ...]:
@@ -168,21 +166,6 @@ def _build_advice(device: Device, plan: PrecisionPlan) -> str:
     if plan.build_swap:
         return f"; a build wants {_size(plan.build_swap)} of swap"
     return "" if device.unified else "; a build runs in the host's memory"
-
-
-def _print_exportable(plan: DevicePlan) -> None:
-    from paliedge.planning import EXPORTED_PRECISIONS
-
-    best, today = plan.recommended, plan.exportable
-    if not best or best.exported:
-        return
-    known = f"this version exports {' and '.join(EXPORTED_PRECISIONS)}, not {best.precision}; "
-    if not today:
-        _print_row("", f"{known}neither fits here")
-        return
-    answer = _pair(today.floor.answer, today.sustained.answer)
-    fits = f"of these {today.precision} fits ({_RESIDENCY[today.residency]}, {answer} ms)"
-    _print_row("", f"{known}{fits}{_build_advice(plan.device, today)}")
 
 
 def _print_row(name: str, value: str) -> None:

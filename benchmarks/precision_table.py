@@ -1,0 +1,120 @@
+"""Write the README's precision tables from the stored results.
+
+    python -m benchmarks.precision_table
+
+What stands between the markers in README.md is made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- precision tables, by benchmarks/precision_table.py -->", "<!-- end of precision tables -->"
+
+
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return content
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def quality_table() -> str:
+    """The shapes model in every precision and lowering."""
+    rows = []
+    for one in _load("shapes_precisions.json")["exports"]:
+        scores, gate = one["scores"], one["gate"]
+        rows.append(
+            [
+                f"{one['precision']}, `{one['target']}`",
+                f"{scores['detect_ap50']:.4f}",
+                f"{scores['caption_exact_match']:.3f}",
+                f"{scores['counting_and_colour']:.3f}",
+                f"{scores['ocr_character_error_rate']:.3f}",
+                f"{gate['last_hidden']['mean']:.4f}",
+            ]
+        )
+    head = ("precision, target", "AP50", "caption, exact", "answers right", "OCR, error rate", "cosine of last states")
+    return _table(head, rows)
+
+
+def speed_table() -> str:
+    """PaliGemma-3B's size on the CPU, beside transformers."""
+    rows = []
+    for name, one in _load("precision_speed.json")["engines"].items():
+        low, high = one["answer_range"]
+        size = weights = decode = "-"
+        if "bundle_bytes" in one:
+            size, weights = f"{one['bundle_bytes'] / 1e9:.2f}", f"{one['decoder_bytes'] / 1e9:.2f}"
+            decode = f"{one['decode_bandwidth'] / 1e9:.1f}"
+        rows.append(
+            [
+                name,
+                size,
+                f"{one['vision']:.2f}",
+                f"{one['prefill']:.2f}",
+                f"{1000 * one['token']:.0f}",
+                f"{one['answer']:.2f} ({low:.2f} to {high:.2f})",
+                f"{one['speedup_over_best_transformers']:.2f}",
+                weights,
+                decode,
+                f"{one['peak_rss'] / 1e9:.1f}",
+            ]
+        )
+    head = (
+        *("engine", "bundle, GB", "vision, s", "prefill, s", "a token, ms", "10 tokens, s", "times faster"),
+        *("read a token, GB", "decode, GB/s", "peak resident, GB"),
+    )
+    return _table(head, rows)
+
+
+def engine_table() -> str:
+    """Engines of PaliGemma-3B's decoder, built by TensorRT for RTX."""
+    found = _load("rtx_build_precisions.json")["builds"]
+    whole = {
+        one["target"]: one["engine_bytes"] for one in _load("rtx_build.json")["builds"] if one["part"] == "decoder"
+    }
+    rows = [
+        [
+            f"{one['precision']}, `{one['target']}`",
+            f"{one['engine_bytes'] / 1e9:.3f}",
+            f"{one['engine_bytes'] / whole[one['target']]:.3f}",
+            f"{one['engine_per_weight']:.4f}",
+        ]
+        for one in found
+        if one["part"] == "decoder"
+    ]
+    return _table(("decoder engine", "GB", "over fp16's engine", "over its weights"), rows)
+
+
+def render() -> str:
+    """All that stands between the markers."""
+    return "\n\n".join(
+        (
+            "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`):",
+            quality_table(),
+            "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
+            "of one interleaved run (`python -m benchmarks.precision_speed`). "
+            '"Times faster" is against transformers\' faster precision:',
+            speed_table(),
+            "Engines of that size, both profiles (`python -m benchmarks.rtx_build`):",
+            engine_table(),
+        )
+    )
+
+
+def main() -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What does each precision cost in quality? The shapes model on held-out scenes, for every precision and lowering.
+
+    python -m benchmarks.shapes.precisions --scenes 500
+
+Each is exported from the checkpoint and passes the export's own gate first. Graphs that are meant for
+TensorRT run through ONNX Runtime, which computes what they say but not as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks.machine import describe_machine
+from benchmarks.shapes.evaluate import evaluate
+from paliedge import PaliGemma
+from paliedge_export.exporter import export_bundle
+from paliedge_export.lowering import TARGETS
+
+CHECKPOINT = Path("benchmarks/shapes/checkpoint")
+LIMITS = {"fp16": 0.01, "int8": 0.01, "int4": 0.02}
+"""How much AP50 a precision may cost against fp32; captions may cost 0.02."""
+LOWERINGS = ("cpu", "jetpack6", "jetpack7")
+"""`rtx` has jetpack7's graphs."""
+
+
+def measure(target: str, precision: str, num_scenes: int, work: Path) -> dict[str, Any]:
+    """Scores of one export, its gate's summary and its size."""
+    folder = work / f"{target}-{precision}"
+    chosen = next(name for name in TARGETS[target].precisions if name == precision)
+    manifest = export_bundle(
+        str(CHECKPOINT),
+        folder,
+        targets=[target],
+        precision=chosen,
+    )
+    with PaliGemma.load(folder) as model:
+        scores = evaluate(model, num_scenes)
+    return {
+        "target": target,
+        "precision": precision,
+        "bundle_bytes": sum(file.size for file in manifest.files.values()),
+        "gate": msgspec.to_builtins(manifest.comparisons[target]),
+        "scores": scores,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/shapes_precisions.json"))
+    arguments = parser.parse_args()
+    exports = []
+    with tempfile.TemporaryDirectory() as work:
+        for target in LOWERINGS:
+            for precision in ("fp32", *LIMITS):
+                if precision in TARGETS[target].precisions:
+                    exports.append(measure(target, precision, arguments.scenes, Path(work)))
+                    print(target, precision, json.dumps(exports[-1]["scores"]), flush=True)
+    content = {"machine": describe_machine(), "exports": exports}
+    arguments.results.write_text(json.dumps(content, indent=2) + "\n")
+    if faults := find_losses(exports):
+        raise SystemExit("; ".join(faults))
+
+
+def find_losses(exports: list[dict[str, Any]]) -> list[str]:
+    """Where a precision costs more than it may."""
+    exact = next(one["scores"] for one in exports if one["precision"] == "fp32")
+    faults = []
+    for one in exports:
+        allowed = {"detect_ap50": LIMITS.get(one["precision"], 0.0), "caption_exact_match": 0.02}
+        for name, limit in allowed.items():
+            lost = exact[name] - one["scores"][name]
+            if lost > limit:
+                faults.append(f"{one['target']} {one['precision']}: {name} lost {lost:.4f}, more than {limit}")
+    return faults
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The linear layers of a model by name, and which of them share their input's scale with what comes before.
+
+A layer's input channels may be divided by any number if its weight's rows are multiplied by it and
+the tensor that makes the channel is divided: a norm's weight, or the output rows of the linear layer
+before. Only a GELU between the two forbids it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from paliedge_export.config import ModelConfig
+
+
+class Linear(NamedTuple):
+    """One linear layer as the graphs have it.
+
+    Attributes:
+        name: with the parts of fused layers under one name.
+        weights: the checkpoint's weights [out, in] that it is made of.
+        width: its input channels, K.
+        producers: the checkpoint's tensors whose first axis makes its input; empty if none can be scaled.
+        shares: each producing channel feeds so many channels of the input (grouped-query attention).
+        groups: key-value heads, where `shares` is more than one.
+        part: the graph that it is in.
+        per_token: its input is not normalised, so that tokens differ in size.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+    width: int
+    producers: tuple[str, ...]
+    part: str
+    per_token: bool
+    shares: int = 1
+    groups: int = 1
+
+
+def linears(config: ModelConfig) -> Iterator[Linear]:
+    """Every linear layer of the encoder's and the decoder's blocks, in order.
+
+    The patch embedding and the projector are not among them: together they are 0.1 % of the weights, and
+    stand where an error meets every token.
+    """
+    yield from _vision_linears(config)
+    yield from _text_linears(config)
+
+
+def _vision_linears(config: ModelConfig) -> Iterator[Linear]:
+    width, inner = config.vision.hidden_size, config.vision.intermediate_size
+    for index in range(config.vision.num_layers):
+        layer = f"vision_tower.encoder.layers.{index}"
+        attention = f"{layer}.self_attn"
+        qkv = tuple(f"{attention}.{part}_proj.weight" for part in "qkv")
+        value = (f"{attention}.v_proj.weight", f"{attention}.v_proj.bias")
+        for name, weights, size, producers in (
+            ("self_attn.qkv_proj", qkv, width, _norm(f"{layer}.layer_norm1")),
+            ("self_attn.out_proj", (f"{attention}.out_proj.weight",), width, value),
+            ("mlp.fc1", (f"{layer}.mlp.fc1.weight",), width, _norm(f"{layer}.layer_norm2")),
+            ("mlp.fc2", (f"{layer}.mlp.fc2.weight",), inner, ()),
+        ):
+            per_token = name in ("self_attn.out_proj", "mlp.fc2")
+            yield Linear(f"{layer}.{name}", weights, size, producers, "vision_encoder", per_token)
+
+
+def _norm(name: str) -> tuple[str, str]:
+    return f"{name}.weight", f"{name}.bias"
+
+
+def _text_linears(config: ModelConfig) -> Iterator[Linear]:
+    text = config.text
+    shares = text.num_heads // text.num_kv_heads
+    before = "pre_feedforward_layernorm" if text.post_norms else "post_attention_layernorm"
+    for index in range(text.num_layers):
+        layer = f"language_model.layers.{index}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        qkv = tuple(f"{attention}.{part}_proj.weight" for part in "qkv")
+        gate_up = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+        attended = text.num_heads * text.head_dim
+        decoder = "decoder"
+        yield Linear(
+            f"{attention}.qkv_proj", qkv, text.hidden_size, (f"{layer}.input_layernorm.weight",), decoder, False
+        )
+        yield Linear(
+            f"{attention}.o_proj",
+            (f"{attention}.o_proj.weight",),
+            attended,
+            (f"{attention}.v_proj.weight",),
+            decoder,
+            True,
+            shares,
+            text.num_kv_heads,
+        )
+        yield Linear(f"{mlp}.gate_up_proj", gate_up, text.hidden_size, (f"{layer}.{before}.weight",), decoder, False)
+        yield Linear(
+            f"{mlp}.down_proj",
+            (f"{mlp}.down_proj.weight",),
+            text.intermediate_size,
+            (f"{mlp}.up_proj.weight",),
+            decoder,
+            True,
+        )

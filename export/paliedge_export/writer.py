@@ -1,0 +1,214 @@
+"""Write a bundle's files: weights, graphs, tokenizer and manifest. Decides nothing, compares nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+
+from paliedge import __version__
+from paliedge.bundle import describe_file
+from paliedge.manifest import (
+    MANIFEST,
+    Embedding,
+    Graph,
+    Limits,
+    Manifest,
+    Model,
+    Producer,
+    Prompts,
+    Target,
+    Tensor,
+    Text,
+    Tokens,
+    Vision,
+    write_manifest,
+)
+from paliedge.prompt import PromptTokenizer
+from paliedge_export.checkpoint import EMBED_TOKENS
+from paliedge_export.config import ModelConfig
+from paliedge_export.decoder import add_decoder
+from paliedge_export.golden import PROMPTS
+from paliedge_export.graph import GraphBuilder
+from paliedge_export.head_vocabulary import HeadVocabulary
+from paliedge_export.lowering import TARGETS, Layout, Lowering
+from paliedge_export.metadata import read_preprocess
+from paliedge_export.samples import Sample, builtin_samples
+from paliedge_export.vision_encoder import add_vision_encoder
+from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, Stored, Tensors, write_weights
+
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a checkpoint's small files read, and what was asked of the bundle.
+
+    `vocabulary` is that of a reduced head, None for all tokens.
+    """
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    tokens: Tokens
+    limits: Limits
+    vocabulary: HeadVocabulary | None
+
+    @property
+    def kept_tokens(self) -> Sequence[int] | None:
+        """Ids of a reduced head."""
+        return self.vocabulary.token_ids if self.vocabulary else None
+
+    @property
+    def golden_samples(self) -> list[Sample]:
+        """What the golden answers answer: prompts that the head has words for and the limits have room for."""
+        prompts = PROMPTS if not self.vocabulary else tuple(f"detect {label}" for label in self.vocabulary.labels[:3])
+        tokenizer = PromptTokenizer(self.folder / _TOKENIZER, self.tokens)
+        room = self.limits.prefix - self.config.vision.num_image_tokens
+        fitting = [prompt for prompt in prompts if len(tokenizer.encode_prefix(prompt)) <= room]
+        return builtin_samples(tuple(fitting) or ("ocr",))
+
+
+StoredByLayout = dict[Layout, tuple[Stored, Stored]]
+
+
+def write_all_weights(
+    folder: Path, source: Source, tensors: Tensors, targets: Sequence[str], encoding: Encoding
+) -> StoredByLayout:
+    """Floats once for all targets, integers once a layout."""
+    layouts = list(dict.fromkeys(TARGETS[name].lowering.layout for name in targets))
+    rows = source.tokens.vocab_size
+    if encoding.precision not in QUANTIZED:
+        return dict.fromkeys(layouts, write_weights(folder, tensors, source.config, rows, encoding))
+    return {
+        layout: write_weights(
+            folder, tensors, source.config, rows, replace(encoding, layout=layout, with_table=layout == layouts[0])
+        )
+        for layout in layouts
+    }
+
+
+def write_bundle(
+    folder: Path, source: Source, stored: StoredByLayout, targets: Sequence[str], encoding: Encoding
+) -> Manifest:
+    """Graphs on the weights that are `stored` in `folder`, tokenizer and manifest."""
+    shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
+    tensors_of_first = next(iter(stored.values()))[1]
+    table = tensors_of_first[EMBED_TOKENS]
+    manifest = Manifest(
+        format_version=1,
+        producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
+        model=_describe_model(source.config),
+        preprocess=read_preprocess(source.folder, source.config.vision.image_size),
+        tokens=source.tokens,
+        prompts=Prompts(),
+        limits=source.limits,
+        embedding=Embedding(
+            file=table.file,
+            dtype=table.dtype.name,
+            rows=source.tokens.vocab_size,
+            scale=float(np.sqrt(np.float32(source.config.text.hidden_size))),
+            row_scales=tensors_of_first[ROW_SCALES].file if ROW_SCALES in tensors_of_first else None,
+        ),
+        targets={name: write_target(folder, source, name, stored, encoding) for name in targets},
+        engines=(),
+        tokenizer=_TOKENIZER,
+        golden=None,
+        comparisons={},
+        not_compared={},
+        vocabulary=source.vocabulary.describe() if source.vocabulary else None,
+        calibration=None,
+        precision_report=None,
+        files={},
+    )
+    return add_files(folder, manifest)
+
+
+def add_files(folder: Path, manifest: Manifest) -> Manifest:
+    """Add the files that are new in `folder` to the manifest and write it."""
+    files = dict(manifest.files)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != MANIFEST and path.name not in files:
+            files[path.name] = describe_file(path)
+    return write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+
+
+def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout, encoding: Encoding) -> Target:
+    """The two graphs of a target; a file that another target has written alike is written again, the same."""
+    lowering = TARGETS[name].lowering
+    vision, decoder = stored[lowering.layout]
+    compute_type = encoding.dtype
+    if encoding.precision in QUANTIZED and lowering.layout == "contrib":
+        compute_type = np.dtype(np.float32)
+    capacity = source.limits.capacity
+
+    def add_vision(graph: GraphBuilder) -> None:
+        add_vision_encoder(graph, source.config, lowering)
+
+    def add_text(graph: GraphBuilder) -> None:
+        add_decoder(graph, source.config, source.tokens, lowering, capacity, source.kept_tokens)
+
+    return Target(
+        precision=encoding.precision,
+        cache_update=lowering.cache_update,
+        vision_encoder=_write_graph(folder, GraphBuilder("vision_encoder", lowering, vision, compute_type), add_vision),
+        decoder=_write_graph(folder, GraphBuilder("decoder", lowering, decoder, compute_type), add_text),
+    )
+
+
+def _write_graph(folder: Path, graph: GraphBuilder, add: Callable[[GraphBuilder], None]) -> Graph:
+    add(graph)
+    model = graph.build()
+    path = folder / f"{graph.name}.{_kind(graph.lowering, model)}.onnx"
+    onnx.save_model(model, path)
+    return Graph(
+        file=path.name,
+        weights=tuple(sorted(graph.weight_files)),
+        inputs=tuple(_describe_tensor(info) for info in model.graph.input),
+        outputs=tuple(_describe_tensor(info) for info in model.graph.output),
+    )
+
+
+def _kind(lowering: Lowering, model: onnx.ModelProto) -> str:
+    """Targets whose graphs are the same share a file."""
+    if lowering.layout == "contrib":
+        return "cpu"
+    return f"opset{next(opset.version for opset in model.opset_import if not opset.domain)}"
+
+
+def _describe_tensor(info: onnx.ValueInfoProto) -> Tensor:
+    kind = info.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return Tensor(
+        name=info.name,
+        dtype=dtype.name,
+        shape=tuple(size.dim_param or size.dim_value for size in kind.shape.dim),
+    )
+
+
+def _describe_model(config: ModelConfig) -> Model:
+    vision, text = config.vision, config.text
+    return Model(
+        family=config.family,
+        vision=Vision(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            num_layers=vision.num_layers,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_image_tokens=vision.num_image_tokens,
+        ),
+        text=Text(
+            num_layers=text.num_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_heads=text.num_heads,
+            num_kv_heads=text.num_kv_heads,
+            head_dim=text.head_dim,
+        ),
+    )

@@ -1,0 +1,75 @@
+"""Quantised bundles keep their boxes, and the scripts that say so can say otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.precision_speed import describe_bundle, summarise
+from benchmarks.shapes.evaluate import evaluate
+from benchmarks.shapes.precisions import find_losses, measure
+from paliedge import PaliGemma
+from paliedge.model import SHIPPED_BUNDLE
+
+NUM_SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def exact() -> float:
+    with PaliGemma.load(SHIPPED_BUNDLE) as model:
+        return float(evaluate(model, NUM_SCENES)["detect_ap50"])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_boxes_are_kept(precision: str, exact: float, tmp_path: Path) -> None:
+    """40 scenes say less than the 500 of the stored results, whose limits are 0.01 and 0.02."""
+    found = measure("cpu", precision, NUM_SCENES, tmp_path)
+    assert found["scores"]["detect_ap50"] > exact - 0.05
+
+
+def one(target: str, precision: str, ap50: float, caption: float) -> dict[str, Any]:
+    return {
+        "target": target,
+        "precision": precision,
+        "scores": {"detect_ap50": ap50, "caption_exact_match": caption},
+    }
+
+
+def test_losses_are_found() -> None:
+    exports = [
+        one("cpu", "fp32", 0.9, 0.6),
+        one("cpu", "int8", 0.891, 0.581),
+        one("cpu", "int4", 0.879, 0.6),
+        one("jetpack6", "int8", 0.9, 0.57),
+    ]
+    assert [fault.split(" lost")[0] for fault in find_losses(exports)] == [
+        "cpu int4: detect_ap50",
+        "jetpack6 int8: caption_exact_match",
+    ]
+
+
+def test_medians_are_over_all_rounds() -> None:
+    rounds = [
+        {
+            "load": 1.0,
+            "peak_rss": size,
+            "anonymous": size,
+            "answers": [
+                {"vision": x, "prefill": 2 * x, "tokens": [x, 3 * x], "answer": 7 * x, "chosen": [5]}
+                for x in (1.0, 2.0)
+            ],
+        }
+        for size in (10, 30)
+    ]
+    found = summarise(rounds)
+    assert (found["vision"], found["prefill"], found["token"], found["answer"]) == (1.5, 3.0, 2.5, 10.5)
+    assert (found["answer_range"], found["peak_rss"], found["num_answers"]) == ([7.0, 14.0], 30, 4)
+
+
+def test_a_bundle_is_described_by_its_files() -> None:
+    found = describe_bundle(SHIPPED_BUNDLE)
+    assert found["name"] == "paliedge fp32"
+    assert found["bundle_bytes"] > found["decoder_bytes"] + found["vision_bytes"]
+    assert found["plan_over_files"] == pytest.approx(1, abs=0.05)
