@@ -263,12 +263,10 @@ class _Job:
             runner = Runner(folder, "cpu", statistics=collecting, prepack=False)
             self.report(f"answering {sum(len(one.prompts) for one in samples)} prompts on {len(samples)} images")
             watch = collect_statistics(statistics, {linear.name for linear in linears(self.source.config)})
-            unseen = _calibrating(samples) if collecting else []
-            runner.answer(unseen, _FP32_GRAPHS, watch=watch, report=self.report)
-            judged = samples[-MAX_IMAGES:]
-            if unseen:
+            runner.answer(samples[:-MAX_IMAGES], _FP32_GRAPHS, watch=watch, report=self.report)
+            if _calibrating(samples):
                 watch = ignore_outputs  # what is judged has no part in what it is judged by
-            answers = runner.answer(judged, _FP32_GRAPHS, watch=watch, report=self.report)
+            answers = runner.answer(samples[-MAX_IMAGES:], _FP32_GRAPHS, watch=watch, report=self.report)
             golden = None if self.precision in QUANTIZED else runner.answer(self.source.golden_samples, _FP32_GRAPHS)
             return answers, golden
 

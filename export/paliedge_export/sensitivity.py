@@ -35,7 +35,7 @@ class LayerError(msgspec.Struct):
         bits: of its weight, quantised.
         error: 1 less the mean cosine of the last hidden states.
         num_weights: how many it has.
-        kept: whether it is.
+        kept: whether it stays in 16 bits.
     """
 
     name: str

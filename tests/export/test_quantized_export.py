@@ -289,6 +289,24 @@ def test_what_is_judged_has_no_part_in_the_statistics(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.absmax, found[1].inputs[name].absmax)
 
 
+def test_where_there_are_few_every_image_calibrates(tmp_path: Path) -> None:
+    """20 images: a loud first one is seen, although the last 16 judge."""
+    checkpoint = tmp_path / "checkpoint"
+    make_tiny(checkpoint, "paligemma", **MILD)
+    widths = {linear.name: linear.width for linear in linears(read_config(checkpoint))}
+    loudest = []
+    for name, first in (("grey", 128), ("loud", 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for index in range(20):
+            Image.new("RGB", (56, 56), (128 if index else first,) * 3).save(folder / f"{index:02}.png")
+        export(checkpoint, tmp_path / f"{name}-bundle", "int8", compare=False, calibrate=folder)
+        found = load_statistics(tmp_path / f"{name}-bundle" / "calibration.safetensors", widths)
+        assert found.source == f"20 images of {name}"
+        loudest.append(found.inputs["vision_tower.encoder.layers.0.mlp.fc2"].absmax)
+    assert not np.array_equal(*loudest)
+
+
 def test_targets_that_cannot_be_run_here_are_published_without_golden_answers(
     mild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
