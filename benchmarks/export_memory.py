@@ -79,7 +79,8 @@ def _lines(path: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--work", type=Path, default=Path(), help="folder for the bundles, which are deleted")
+    parser.add_argument("--work", type=Path, default=Path(), help="folder for the bundles")
+    parser.add_argument("--keep", action="store_true", help="do not delete the bundles")
     parser.add_argument("--precision", action="append", help="fp32 and fp16 unless told")
     parser.add_argument("--calibrate", type=Path, help="images for int8 and int4")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/export_memory.json"))
@@ -95,7 +96,8 @@ def main() -> None:
         try:
             exports.append(measure_export(arguments.checkpoint, output, precision, arguments.calibrate))
         finally:
-            shutil.rmtree(output, ignore_errors=True)
+            if not arguments.keep:
+                shutil.rmtree(output, ignore_errors=True)
         print(json.dumps(exports[-1]), flush=True)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": describe_machine(), "exports": exports}

@@ -50,10 +50,11 @@ def speed_table() -> str:
     rows = []
     for name, one in _load("precision_speed.json")["engines"].items():
         low, high = one["answer_range"]
-        size = weights = decode = "-"
+        size = weights = decode = share = "-"
         if "bundle_bytes" in one:
             size, weights = f"{one['bundle_bytes'] / 1e9:.2f}", f"{one['decoder_bytes'] / 1e9:.2f}"
             decode = f"{one['decode_bandwidth'] / 1e9:.1f}"
+            share = f"{one['share_of_read_bandwidth']:.0%}"
         rows.append(
             [
                 name,
@@ -65,12 +66,13 @@ def speed_table() -> str:
                 f"{one['speedup_over_best_transformers']:.2f}",
                 weights,
                 decode,
+                share,
                 f"{one['peak_rss'] / 1e9:.1f}",
             ]
         )
     head = (
         *("engine", "bundle, GB", "vision, s", "prefill, s", "a token, ms", "10 tokens, s", "times faster"),
-        *("read a token, GB", "decode, GB/s", "peak resident, GB"),
+        *("read a token, GB", "decode, GB/s", "of the machine's", "peak resident, GB"),
     )
     return _table(head, rows)
 
@@ -102,7 +104,8 @@ def render() -> str:
             quality_table(),
             "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
             "of one interleaved run (`python -m benchmarks.precision_speed`). "
-            '"Times faster" is against transformers\' faster precision:',
+            '"Times faster" is against transformers\' faster precision, "of the machine\'s" the share of '
+            f"{_load('precision_speed.json')['read_bandwidth'] / 1e9:.1f} GB/s, what a probe between the engines read:",
             speed_table(),
             "Engines of that size, both profiles (`python -m benchmarks.rtx_build`):",
             engine_table(),
