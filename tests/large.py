@@ -85,6 +85,7 @@ def make_manifest(
                 cache_update="in_place",
                 vision_encoder=Graph(file="vision.onnx", weights=("vision.weights",), inputs=(), outputs=()),
                 decoder=Graph(file="decoder.onnx", weights=names, inputs=(), outputs=()),
+                mask_decoder=None,
             )
         },
         golden=None,

@@ -3,9 +3,9 @@
     python -m benchmarks.shapes.evaluate BUNDLE --scenes 500
 
 Every class of a scene is asked for alone, and one class that is not there; then up to three of its
-classes together in one prompt. AP50 is pycocotools', once with each box ranked by the geometric mean
-of its four location tokens' probabilities, once with all boxes equal. Text is scored by jiwer's
-character error rate.
+classes together in one prompt. AP50 is pycocotools', once with each box ranked by its confidence, once with
+all boxes equal. Masks are compared with what can be seen of each object: IoU with the best answer of its
+label, 0 where there is none. Text is scored by jiwer's character error rate.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ from benchmarks.shapes.scenes import (
     CLASSES,
     HELD_OUT_SEED,
     IMAGE_SIZE,
-    NUM_LOCATIONS,
     SHAPES,
     Scene,
     SceneObject,
@@ -64,11 +61,11 @@ class Boxes:
                 }
             )
 
-    def add_answer(self, image: int, answer: Generation, first_location: int) -> None:
-        for item, score in zip(answer.detections, box_scores(answer, first_location), strict=True):
+    def add_answer(self, image: int, answer: Generation) -> None:
+        for item in answer.detections:
             x1, y1, x2, y2 = item.box
             box = [x1, y1, x2 - x1, y2 - y1]
-            row = {"image_id": image, "category_id": _category(item.label), "bbox": box, "score": score}
+            row = {"image_id": image, "category_id": _category(item.label), "bbox": box, "score": item.confidence}
             self.detections.append(row)
 
 
@@ -80,6 +77,7 @@ class Tally:
     together: Boxes = field(default_factory=Boxes)
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     texts: list[tuple[str, str]] = field(default_factory=list)
+    mask_overlaps: list[float] = field(default_factory=list)
     timings: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def time(self, answer: Generation) -> Generation:
@@ -97,6 +95,7 @@ def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
         encoded = model.encode(scene.image)
         tally.timings["vision_ms"].append(encoded.vision_ms)
         _detect(model, encoded, scene, index, rng, tally)
+        _segment(model, encoded, scene, tally)
         tally.right["caption_exact_match"].append(tally.time(model.caption(encoded)).text == caption(scene))
         _ask(model, encoded, scene, rng, tally)
         text = tally.time(model.ocr(encoded)).text
@@ -111,26 +110,13 @@ def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
         "detect_ap50": round(ap50(tally.alone, scored=True, num_scenes=num_scenes), 4),
         "detect_ap50_unscored": round(ap50(tally.alone, scored=False, num_scenes=num_scenes), 4),
         "detect_ap50_several_labels": round(ap50(tally.together, scored=True, num_scenes=num_scenes), 4),
+        "segment_mean_iou": round(statistics.fmean(tally.mask_overlaps), 4),
         **shares,
         "counting_and_colour": round(float(np.mean(tally.right["counting"] + tally.right["colour"])), 4),
         "ocr_character_error_rate": round(float(jiwer.cer(list(expected), list(found))), 4),
         "ocr_exact_match": round(float(np.mean([a == b for a, b in tally.texts])), 4),
         "median_ms": {name: round(statistics.median(values), 3) for name, values in sorted(tally.timings.items())},
     }
-
-
-def box_scores(answer: Generation, first_location: int) -> list[float]:
-    """One score a detection: its four location tokens' probabilities, geometric mean."""
-    scores = []
-    bins = [token - first_location for token in answer.token_ids]
-    for is_location, places in groupby(range(len(bins)), lambda place: 0 <= bins[place] < NUM_LOCATIONS):
-        group = list(places)
-        if is_location and len(group) % 4 == 0:
-            for four in zip(*[iter(group)] * 4, strict=True):
-                y1, x1, y2, x2 = (bins[place] for place in four)
-                if y1 < y2 and x1 < x2:
-                    scores.append(math.exp(statistics.fmean(answer.log_probs[place] for place in four)))
-    return scores
 
 
 def _category(label: str) -> int:
@@ -140,18 +126,29 @@ def _category(label: str) -> int:
 def _detect(
     model: PaliGemma, encoded: EncodedImage, scene: Scene, index: int, rng: np.random.Generator, tally: Tally
 ) -> None:
-    first_location = model.manifest.tokens.first_location
     present = sorted({item.label for item in scene.objects})
     absent = str(rng.choice([label for label in CLASSES if label not in present]))
     for label in (*present, absent):
         answer = tally.time(model.detect(encoded, [label]))
         if label == absent:
             tally.right["absent_class_gives_nothing"].append(not answer.detections)
-        tally.alone.add_answer(index, answer, first_location)
+        tally.alone.add_answer(index, answer)
     tally.alone.add_truth(index, scene.objects)
     asked = [str(label) for label in rng.permutation(present)[:3]]
-    tally.together.add_answer(index, tally.time(model.detect(encoded, asked)), first_location)
+    tally.together.add_answer(index, tally.time(model.detect(encoded, asked)))
     tally.together.add_truth(index, (item for item in scene.objects if item.label in asked))
+
+
+def _segment(model: PaliGemma, encoded: EncodedImage, scene: Scene, tally: Tally) -> None:
+    for label in sorted({item.label for item in scene.objects}):
+        answer = tally.time(model.segment(encoded, [label]))
+        found = [item.mask.to_array() for item in answer.detections if item.mask and item.label == label]
+        for item in scene.objects:
+            if item.label == label:
+                overlaps = [float((mask & item.mask).sum() / (mask | item.mask).sum()) for mask in found]
+                tally.mask_overlaps.append(max(overlaps, default=0.0))
+                if found:  # an answer stands for one object
+                    found.pop(overlaps.index(tally.mask_overlaps[-1]))
 
 
 def _ask(model: PaliGemma, encoded: EncodedImage, scene: Scene, rng: np.random.Generator, tally: Tally) -> None:

@@ -1,7 +1,8 @@
 """A pool of training scenes as flat arrays, with the dense targets that training's auxiliary heads need.
 
 Drawing a scene takes milliseconds and a scene serves many prompts, so training draws each once and
-keeps it. The arrays lie in a folder, one .npy a field, and are mapped, not read.
+keeps it. The arrays lie in a folder, one .npy a field, and are mapped, not read. Masks are kept apart,
+as packed bits, for the codebook to learn from.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from benchmarks.shapes.scenes import (
     CHARACTERS,
@@ -30,6 +32,7 @@ from benchmarks.shapes.scenes import (
 PATCH = 14
 GRID = IMAGE_SIZE // PATCH
 CHARS_PER_PATCH = 2
+MASK_SIZE = 64
 _MIN_PATCH_PIXELS = 20
 _NO_MASK = np.zeros((0, 0), bool)
 
@@ -42,7 +45,8 @@ class Pool:
 
     images [N, 112, 112, 3] uint8, boxes [N, 6, 4] (x1 y1 x2 y2), classes [N, 6],
     text [N] bytes, patch_object [N, 64] (the object that covers most of the patch),
-    patch_chars [N, 64, 2] (characters centred in the patch), patch_order [N, 64] (place of the first of them).
+    patch_chars [N, 64, 2] (characters centred in the patch), patch_order [N, 64] (place of the first of them),
+    codes [N, 6, 16] (each mask's segmentation codes, which benchmarks.shapes.codebook adds).
     """
 
     images: npt.NDArray[np.uint8]
@@ -52,6 +56,7 @@ class Pool:
     patch_object: npt.NDArray[np.int8]
     patch_chars: npt.NDArray[np.int8]
     patch_order: npt.NDArray[np.int8]
+    codes: npt.NDArray[np.uint8]
 
     @classmethod
     def load(cls, folder: Path) -> Pool:
@@ -63,12 +68,19 @@ class Pool:
     def scene(self, index: int) -> Scene:
         """The scene without its masks."""
         objects = []
-        for box, class_id in zip(self.boxes[index].tolist(), self.classes[index].tolist(), strict=True):
+        rows = (array[index].tolist() for array in (self.boxes, self.classes, self.codes))
+        for box, class_id, codes in zip(*rows, strict=True):
             if class_id >= 0:
                 colour, shape = CLASSES[class_id].split()
-                objects.append(SceneObject(shape, colour, Box(*box), _NO_MASK))
+                objects.append(SceneObject(shape, colour, Box(*box), _NO_MASK, tuple(codes)))
         text = self.text[index].decode()
         return Scene(self.images[index], tuple(objects), SceneText(text, ()) if text else None)
+
+
+def crop_mask(mask: npt.NDArray[np.bool_], box: Box) -> npt.NDArray[np.bool_]:
+    """What of `mask` [H, W] lies in `box`, at the mask codebook's size [64, 64]."""
+    crop = Image.fromarray(mask.astype(np.uint8) * 255).resize((MASK_SIZE,) * 2, Image.Resampling.BILINEAR, box)
+    return np.asarray(crop) > 127
 
 
 def _row_from_seed(seed: int) -> Row:
@@ -76,9 +88,11 @@ def _row_from_seed(seed: int) -> Row:
     boxes = np.zeros((MAX_OBJECTS, 4), np.uint8)
     classes = np.full(MAX_OBJECTS, -1, np.int8)
     cover = np.zeros((MAX_OBJECTS, GRID, GRID), np.int64)
+    masks = np.zeros((MAX_OBJECTS, MASK_SIZE * MASK_SIZE // 8), np.uint8)
     for place, item in enumerate(scene.objects):
         boxes[place], classes[place] = item.box, CLASSES.index(item.label)
         cover[place] = item.mask.reshape(GRID, PATCH, GRID, PATCH).sum(axis=(1, 3))
+        masks[place] = np.packbits(crop_mask(item.mask, item.box))
     patch_object = np.where(cover.max(axis=0) >= _MIN_PATCH_PIXELS, cover.argmax(axis=0), -1)
     chars = np.full((GRID * GRID, CHARS_PER_PATCH), -1, np.int8)
     order = np.full(GRID * GRID, -1, np.int8)
@@ -98,6 +112,7 @@ def _row_from_seed(seed: int) -> Row:
         "patch_object": patch_object.reshape(-1).astype(np.int8),
         "patch_chars": chars,
         "patch_order": order,
+        "masks": masks,
     }
 
 

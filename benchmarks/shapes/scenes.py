@@ -46,6 +46,9 @@ WORDS = tuple(
         "WAIT WALK WATER WAY WEST WINDOW YARD YES ZERO ZONE ZOO"
     ).split()
 )
+TASKS = ("detect", "caption", "count", "colour", "ocr", "segment")
+SHARES = (0.5, 0.14, 0.08, 0.08, 0.2)
+SHARES_WITH_MASKS = (0.28, 0.14, 0.06, 0.04, 0.2, 0.28)
 _NUMBER_WORDS = ("no", "a", "two", "three", "four", "five", "six")
 _OVERSAMPLING = 4
 
@@ -61,12 +64,16 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: `mask` [H, W] bool is what can be seen of it, `box` its exact bounds."""
+    """One shape: `mask` [H, W] bool is what can be seen of it, `box` its exact bounds.
+
+    `codes` are the mask's 16 segmentation codes, where a codebook has given them.
+    """
 
     shape: str
     colour: str
     box: Box
     mask: npt.NDArray[np.bool_]
+    codes: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
@@ -91,7 +98,7 @@ class Scene:
 
 
 class Example(NamedTuple):
-    """A prompt, its answer, and the objects that the answer lists (for `detect`)."""
+    """A prompt, its answer, and the objects that the answer is about."""
 
     task: str
     prompt: str
@@ -122,18 +129,23 @@ def make_scene(seed: int) -> Scene:
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(objects), text)
 
 
-def make_examples(scene: Scene, rng: np.random.Generator, num_examples: int) -> list[Example]:
-    """Draw `num_examples` random prompts about `scene`, detection half of the time."""
-    makers = (_detect_example, _caption_example, _count_example, _colour_example, _ocr_example)
-    picks = rng.choice(len(makers), size=num_examples, p=(0.5, 0.14, 0.08, 0.08, 0.2))
+def make_examples(
+    scene: Scene, rng: np.random.Generator, num_examples: int, shares: Sequence[float] = SHARES
+) -> list[Example]:
+    """Draw `num_examples` random prompts about `scene`, each task with its share of `TASKS`."""
+    makers = (_detect_example, _caption_example, _count_example, _colour_example, _ocr_example, _segment_example)
+    picks = rng.choice(len(shares), size=num_examples, p=shares)
     return [makers[pick](scene, rng) for pick in picks]
 
 
-def detect_example(scene: Scene, labels: Sequence[str]) -> Example:
-    """The `detect` prompt for `labels`: every instance, in the order of the labels, then of reading."""
+def box_example(scene: Scene, labels: Sequence[str], task: str = "detect") -> Example:
+    """The `detect` or `segment` prompt for `labels`: every instance, in the order of the labels, then of reading."""
     targets = tuple(item for label in labels for item in scene.objects if item.label == label)
-    answer = " ; ".join(f"{location_text(item.box)} {item.label}" for item in targets)
-    return Example("detect", "detect " + " ; ".join(labels), answer, targets)
+    codes = [segmentation_text(item.codes) if task == "segment" else "" for item in targets]
+    answer = " ; ".join(
+        f"{location_text(item.box)}{mask} {item.label}" for item, mask in zip(targets, codes, strict=True)
+    )
+    return Example(task, f"{task} " + " ; ".join(labels), answer, targets)
 
 
 def caption(scene: Scene) -> str:
@@ -149,17 +161,30 @@ def location_text(box: Box) -> str:
     return "".join(f"<loc{round(edge / IMAGE_SIZE * (NUM_LOCATIONS - 1)):04d}>" for edge in edges)
 
 
+def segmentation_text(codes: Sequence[int]) -> str:
+    """PaliGemma's segmentation tokens."""
+    return "".join(f"<seg{code:03d}>" for code in codes)
+
+
 def _counted(label: str, count: int) -> str:
     return f"{_NUMBER_WORDS[count]} {label}{'s' if count > 1 else ''}"
 
 
 def _detect_example(scene: Scene, rng: np.random.Generator) -> Example:
+    return box_example(scene, _asked_labels(scene, rng))
+
+
+def _segment_example(scene: Scene, rng: np.random.Generator) -> Example:
+    return box_example(scene, _asked_labels(scene, rng), "segment")
+
+
+def _asked_labels(scene: Scene, rng: np.random.Generator) -> list[str]:
     present = sorted({item.label for item in scene.objects})
     num_labels = int(rng.choice((1, 2, 3), p=(0.6, 0.28, 0.12)))
     num_present = min(len(present), int(rng.binomial(num_labels, 0.85)))
     absent = [label for label in CLASSES if label not in present]
     labels = [*rng.choice(present, num_present, False), *rng.choice(absent, num_labels - num_present, False)]
-    return detect_example(scene, [str(label) for label in rng.permutation(labels)])
+    return [str(label) for label in rng.permutation(labels)]
 
 
 def _caption_example(scene: Scene, rng: np.random.Generator) -> Example:

@@ -1,6 +1,7 @@
 """Train the shapes model: a small PaliGemma, prefix-LM loss on the suffix, resumable.
 
     python -m benchmarks.shapes.pool POOL
+    python -m benchmarks.shapes.codebook POOL mask_decoder.safetensors
     python -m benchmarks.shapes.train POOL RUN --steps 20000
     python -m benchmarks.shapes.train POOL RUN --steps 20000    # goes on where it stopped
 
@@ -9,8 +10,8 @@ On a CPU a process a core, each with one thread, is twice as fast as one process
 
 RUN gets log.jsonl, the resumable state and, at the end, the checkpoint in Hugging Face format.
 Three helps that training has and the model does not keep: location targets are spread over the
-neighbouring bins; a dense head on the vision encoder's output names each patch's object, its box and its
-characters; a head in the middle of the decoder marks the patches that answer the prompt, by rank.
+neighbouring bins; a dense head on the vision encoder's output names each patch's object, its box, the codes
+of its mask and its characters; a head in the middle of the decoder marks the patches that answer the prompt, by rank.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -33,16 +35,26 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
+from benchmarks.shapes.codebook import CODES, NUM_CODES
 from benchmarks.shapes.pool import CHARS_PER_PATCH, GRID, PATCH, Pool
-from benchmarks.shapes.scenes import CHARACTERS, CLASSES, IMAGE_SIZE, MAX_OBJECTS, Example, make_examples, make_scene
+from benchmarks.shapes.scenes import (
+    CHARACTERS,
+    CLASSES,
+    IMAGE_SIZE,
+    MAX_OBJECTS,
+    SHARES_WITH_MASKS,
+    Example,
+    make_examples,
+)
 from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, NEWLINE, build_tokenizer, write_tokenizer
 
 NUM_PATCHES = GRID * GRID
-VALIDATION_SEED = 500_000_000
 IGNORE = -100
 LOG_EVERY = 100
 VALIDATION_SCENES = 60
-_TASKS_WITH_TARGETS = ("detect", "count", "colour")
+_VALIDATION_TOKENS = 80
+_CODE = re.compile("<seg[0-9]{3}>")
+_TASKS_WITH_TARGETS = ("detect", "count", "colour", "segment")
 _MARK_LAYER = 3
 _LENGTH_GROUPS = 3
 _MUON_RATE = 4
@@ -132,6 +144,7 @@ class DenseHeads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.patch = nn.Linear(width, sum(self.sizes))
+        self.codes = nn.Linear(width, CODES * NUM_CODES)
         self.mark = nn.Linear(width, MAX_OBJECTS + 1)
 
     def patch_losses(self, features: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,9 +155,11 @@ class DenseHeads(nn.Module):
         char_losses = functional.cross_entropy(chars.reshape(-1, len(CHARACTERS) + 1), char_targets, reduction="none")
         has_char = char_targets != len(CHARACTERS)
         kinds = targets["patch_class"].flatten() % (len(CLASSES) + 1)
+        codes = self.codes(features[inside]).unflatten(-1, (CODES, NUM_CODES))
         return {
             "class": functional.cross_entropy(classes.flatten(0, 1), kinds),
             "box": 12 * functional.smooth_l1_loss(box[inside], targets["patch_box"][inside], beta=0.03),
+            "code": 0.3 * functional.cross_entropy(codes.flatten(0, 1), targets["patch_codes"][inside].flatten()),
             "char": char_losses.mean() + char_losses[has_char].sum() / (has_char.sum() + 1),
             "order": functional.cross_entropy(order.flatten(0, 1), targets["patch_order"].flatten() % 7),
         }
@@ -193,11 +208,11 @@ def make_batch(
     pool: Pool, encoder: Encoder, rng: np.random.Generator, num_images: int, prompts: int, device: str
 ) -> Batch:
     """Random scenes with random prompts."""
-    picks = np.sort(rng.integers(len(pool), size=num_images))
+    picks = np.sort(rng.integers(len(pool) - VALIDATION_SCENES, size=num_images))
     prefixes, suffixes, ranks = [], [], []
     for index in picks.tolist():
         scene = pool.scene(index)
-        for example in make_examples(scene, rng, prompts):
+        for example in make_examples(scene, rng, prompts, SHARES_WITH_MASKS):
             prefixes.append(encoder.prefix(example))
             suffixes.append(encoder.suffix(example))
             ranks.append(_patch_ranks(pool.patch_object[index], scene.objects, example))
@@ -215,6 +230,7 @@ def make_batch(
     dense = {
         "patch_class": torch.from_numpy(np.where(objects < 0, -1, pool.classes[picks][rows, objects]).astype(np.int64)),
         "patch_box": torch.from_numpy(boxes.astype(np.float32)),
+        "patch_codes": torch.from_numpy(pool.codes[picks].astype(np.int64)[rows, objects]),
         "patch_chars": torch.from_numpy(pool.patch_chars[picks].astype(np.int64)),
         "patch_order": torch.from_numpy(pool.patch_order[picks].astype(np.int64)),
     }
@@ -342,29 +358,33 @@ def decode_freely(trainee: Trainee, encoder: Encoder, images: Any, examples: lis
     return answers
 
 
-def validate(trainee: Trainee, encoder: Encoder, num_scenes: int) -> dict[str, float]:
-    """Share of exactly right answers by task, and of boxes found with IoU over 0.5, decoding freely."""
-    rng = np.random.default_rng(VALIDATION_SEED)
-    scenes = [make_scene(VALIDATION_SEED + index) for index in range(num_scenes)]
-    pairs = [(scene, example) for scene in scenes for example in make_examples(scene, rng, 2)]
+def validate(trainee: Trainee, encoder: Encoder, pool: Pool, num_scenes: int) -> dict[str, float]:
+    """On the pool's last scenes, decoding freely: exactly right answers by task, boxes with IoU over 0.5, codes."""
+    rng = np.random.default_rng(0)
+    scenes = [pool.scene(index) for index in range(len(pool) - num_scenes, len(pool))]
+    pairs = [(scene, example) for scene in scenes for example in make_examples(scene, rng, 2, SHARES_WITH_MASKS)]
     images = np.stack([scene.image for scene, _ in pairs])
-    answers = decode_freely(trainee, encoder, images, [example for _, example in pairs], 56)
+    answers = decode_freely(trainee, encoder, images, [example for _, example in pairs], _VALIDATION_TOKENS)
     right: dict[str, list[float]] = defaultdict(list)
     for answer, (_, example) in zip(answers, pairs, strict=True):
         right[example.task].append(answer == example.answer)
-        if example.task == "detect":
-            right["detect_structure"].append(_labels(answer) == _labels(example.answer))
-            right["detect_iou50"] += _matched(answer, example.answer)
+        if example.task in ("detect", "segment"):
+            right[f"{example.task}_structure"].append(_labels(answer) == _labels(example.answer))
+            right[f"{example.task}_iou50"] += _matched(answer, example.answer)
+        if example.task == "segment":
+            found, expected = (_CODE.findall(text) for text in (answer, example.answer))
+            right["codes"] += [one == other for one, other in zip(found, expected, strict=False)]
     return {name: round(float(np.mean(values)), 4) for name, values in right.items()}
 
 
 def _labels(answer: str) -> list[str]:
-    return [part[4 * len(LOCATIONS[0]) :] for part in answer.split(" ; ")]
+    return [label for _, label in _boxes(answer)]
 
 
 def _boxes(answer: str) -> list[tuple[list[int], str]]:
+    """Location bins and label of each object; masks are passed over."""
     found = []
-    for part in answer.split(" ; "):
+    for part in _CODE.sub("", answer).split(" ; "):
         digits = [part[index + 4 : index + 8] for index in range(0, 36, 9)]
         if all(len(text) == 4 and text.isdigit() for text in digits):
             found.append(([int(text) for text in digits], part[36:]))
@@ -456,7 +476,9 @@ class Run:
         self.tokenizer = build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
         first_location = self.tokenizer.get_vocab()[LOCATIONS[0]]
-        self.trainee = Trainee(make_model(self.tokenizer), first_location).to(arguments.device)
+        start: Path | None = arguments.start
+        model = PaliGemmaForConditionalGeneration.from_pretrained(start) if start else make_model(self.tokenizer)
+        self.trainee = Trainee(model.float().train(), first_location).to(arguments.device)
         self.optimizers = make_optimizers(self.trainee, arguments.rate)
         self.pool = Pool.load(arguments.pool)
         self.step, self._seconds, self._started = 0, 0.0, time.perf_counter()
@@ -537,7 +559,7 @@ def train(arguments: argparse.Namespace) -> None:
         row: dict[str, Any] = {"step": run.step, **{name: round(fmean(values), 4) for name, values in recent.items()}}
         recent.clear()
         if save and run.step > arguments.vision_steps:
-            row |= validate(run.trainee, run.encoder, VALIDATION_SCENES)
+            row |= validate(run.trainee, run.encoder, run.pool, VALIDATION_SCENES)
         if save:
             run.save()
         run.log(row | {"seconds": round(run.seconds, 1)})
@@ -551,6 +573,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights to start from")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--vision-steps", type=int, default=3_000, help="of these, on the vision encoder alone")
     parser.add_argument("--images", type=int, default=32)

@@ -120,6 +120,9 @@ class Checkpoint(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # and nothing is read, as Mapping would
+
     def __getitem__(self, name: str) -> Array:
         entry = self._entries[name]
         with safe_open(entry.path, framework="np") as file:

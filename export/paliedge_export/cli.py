@@ -70,6 +70,20 @@ if TYPE_CHECKING:
     "'detect' those that the calibration prompts ask for. Other tasks are then refused.",
 )
 @click.option(
+    "--lora",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    envvar="PALIEDGE_LORA",
+    show_envvar=True,
+    help="Folder of a PEFT adapter (LoRA, rsLoRA, DoRA), merged into CHECKPOINT's weights before anything else.",
+)
+@click.option(
+    "--mask-decoder",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    envvar="PALIEDGE_MASK_DECODER",
+    show_envvar=True,
+    help="big_vision's vae-oid.npz, or the same as .safetensors, for masks; without it such a file beside CHECKPOINT.",
+)
+@click.option(
     "--max-prompt-tokens",
     type=click.IntRange(8),
     default=128,
@@ -101,6 +115,8 @@ def export(
     calibrate: Path | None,
     sensitivity: float | None,
     head_vocab: str | None,
+    mask_decoder: Path | None,
+    lora: Path | None,
     max_prompt_tokens: int,
     max_new_tokens: int,
     compare: bool,
@@ -125,6 +141,8 @@ def export(
         precision=precision,
         limits=Limits(prefix=max_prompt_tokens, new_tokens=max_new_tokens),
         quantization=Quantization(calibrate, None if sensitivity is None else sensitivity / 100, head_vocab),
+        mask_decoder=mask_decoder,
+        lora=lora,
         compare=compare,
         report=lambda line: click.echo(line, err=True),
     )

@@ -34,7 +34,9 @@ from paliedge_export.golden import GOLDEN, write_golden
 from paliedge_export.head_vocabulary import choose_head_vocabulary
 from paliedge_export.hub import find_checkpoint
 from paliedge_export.linears import Linear, linears
+from paliedge_export.lora import Adapted
 from paliedge_export.lowering import TARGETS
+from paliedge_export.mask_decoder import find_mask_decoder, load_mask_decoder
 from paliedge_export.metadata import read_tokens
 from paliedge_export.reference import Reference
 from paliedge_export.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
@@ -98,6 +100,8 @@ def export_bundle(
     precision: Precision | None = None,
     limits: Limits = DEFAULT_LIMITS,
     quantization: Quantization = Quantization(),
+    mask_decoder: Path | None = None,
+    lora: Path | None = None,
     compare: bool = True,
     report: Report = lambda line: None,
 ) -> Manifest:
@@ -107,10 +111,12 @@ def export_bundle(
     are calibrated with the fp32 graphs. The last step runs every target's graphs with ONNX Runtime
     against a reference: transformers for fp32 where torch is installed, the fp32 graphs for any other
     precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
-    returns says what was measured, and what was not compared and why. `report` gets a line a stage.
+    returns says what was measured, and what was not compared and why. `mask_decoder` names big_vision's
+    vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `lora` is the
+    folder of an adapter that is merged first. `report` gets a line a stage.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or is no PaliGemma.
+        CheckpointError: the checkpoint, the mask decoder or the adapter cannot be read, or is no PaliGemma's.
         PrecisionError: the graphs differ from the reference; nothing is published.
         UsageError: `output` holds something that is no bundle, a target or the model does not take
             the precision, or there is nothing to calibrate with.
@@ -126,7 +132,7 @@ def export_bundle(
             action="Add --precision int8 or int4, or leave out --sensitivity.",
         )
     tokens = read_tokens(folder)
-    tensors = Checkpoint(folder, config)
+    tensors = Adapted(folder, config, lora) if lora else Checkpoint(folder, config)
     _check_rows(tensors, tokens)
     if chosen not in QUANTIZED and _statistics_file(quantization):
         raise UsageError(
@@ -140,7 +146,9 @@ def export_bundle(
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
     name = folder.resolve().name if Path(checkpoint).exists() else checkpoint
     prefix = limits.prefix + config.vision.num_image_tokens
-    source = Source(name, folder, config, tokens, msgspec.structs.replace(limits, prefix=prefix), vocabulary)
+    masks_file = mask_decoder or find_mask_decoder(folder)
+    masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
+    source = Source(name, folder, config, tokens, msgspec.structs.replace(limits, prefix=prefix), vocabulary, masks)
     with publish_bundle(output) as staging:
         job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)
         return job.run(samples, compare=compare)
@@ -254,6 +262,8 @@ class _Job:
             try:
                 self.report("running transformers to compare with")
                 transformers = Reference(self.source.folder)
+                if isinstance(self.checkpoint, Adapted):
+                    transformers.replace_weights(self.checkpoint, self.checkpoint.changed)
             except ModuleNotFoundError:
                 return None, None
             kept = self.source.kept_tokens

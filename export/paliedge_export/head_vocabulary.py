@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from paliedge.errors import UsageError
 from paliedge.manifest import Tokens, Vocabulary
-from paliedge.prompt import asked_labels, split_labels
+from paliedge.prompt import find_box_request, split_labels
 from paliedge_export.samples import Sample, SampleFolder
 
 DETECT = "detect"
@@ -29,8 +29,8 @@ class HeadVocabulary(NamedTuple):
         """The samples with prompts that such a head can answer; one without any is asked for a label."""
 
         def can_answer(prompt: str) -> bool:
-            labels = asked_labels(prompt)
-            return labels is not None and set(labels) <= set(self.labels)
+            asked = find_box_request(prompt)
+            return asked is not None and set(asked.labels) <= set(self.labels)
 
         kept = (tuple(filter(can_answer, one.prompts)) or (f"detect {self.labels[0]}",) for one in samples)
         return [replace(one, prompts=prompts) for one, prompts in zip(samples, kept, strict=True)]
@@ -79,7 +79,8 @@ def _labels_from_file(path: Path) -> list[str]:
 def _labels_from_samples(samples: SampleFolder | None) -> list[str]:
     labels: list[str] = []
     for prompt in samples.all_prompts() if samples else ():
-        labels += asked_labels(prompt) or []
+        asked = find_box_request(prompt)
+        labels += asked.labels if asked else []
     if not labels:
         raise _no_labels("samples with `detect` or `segment` prompts, whose labels the head keeps", "none")
     return sorted(set(labels))

@@ -5,7 +5,7 @@ The only module that imports torch and transformers, and only when it is called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
+from paliedge_export.checkpoint import Array, canonical_name
 from paliedge_export.compare import MAX_NEW_TOKENS, Answer, Answers
 from paliedge_export.metadata import PROCESSOR_FILES, read_tokens
 from paliedge_export.samples import Sample
@@ -46,6 +47,14 @@ class Reference:
             )
         self._tokens = read_tokens(folder)
         self._tokenizer = PromptTokenizer(folder / "tokenizer.json", self._tokens)
+
+    def replace_weights(self, tensors: Mapping[str, Array], names: Sequence[str]) -> None:
+        """Put the tensors called `names` in the place of the model's own."""
+        import torch
+
+        state = {canonical_name(name): value for name, value in self._model.state_dict().items()}
+        for name in names:
+            state[name].copy_(torch.from_numpy(np.asarray(tensors[name], np.float32)))
 
     def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> Answers:
         """Answer all prompts greedily, in `kept_tokens` alone if they are given."""

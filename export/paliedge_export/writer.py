@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,17 +30,18 @@ from paliedge.manifest import (
     write_manifest,
 )
 from paliedge.prompt import PromptTokenizer
-from paliedge_export.checkpoint import EMBED_TOKENS
+from paliedge_export.checkpoint import EMBED_TOKENS, Array
 from paliedge_export.config import ModelConfig
 from paliedge_export.decoder import add_decoder
 from paliedge_export.golden import PROMPTS
 from paliedge_export.graph import GraphBuilder
 from paliedge_export.head_vocabulary import HeadVocabulary
 from paliedge_export.lowering import TARGETS, Layout, Lowering
+from paliedge_export.mask_decoder import CODEBOOK, add_mask_decoder, write_mask_weights
 from paliedge_export.metadata import read_preprocess
 from paliedge_export.samples import Sample, builtin_samples
 from paliedge_export.vision_encoder import add_vision_encoder
-from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, Stored, Tensors, write_weights
+from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, Stored, Tensors, WeightFile, write_weights
 
 _TOKENIZER = "tokenizer.json"
 
@@ -49,7 +50,7 @@ _TOKENIZER = "tokenizer.json"
 class Source:
     """What is exported: a checkpoint's small files read, and what was asked of the bundle.
 
-    `vocabulary` is that of a reduced head, None for all tokens.
+    `vocabulary` is that of a reduced head, None for all tokens; `mask_decoder` the tensors of one, if there is one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Source:
     tokens: Tokens
     limits: Limits
     vocabulary: HeadVocabulary | None
+    mask_decoder: Mapping[str, Array] | None
 
     @property
     def kept_tokens(self) -> Sequence[int] | None:
@@ -100,6 +102,8 @@ def write_bundle(
     shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
     tensors_of_first = next(iter(stored.values()))[1]
     table = tensors_of_first[EMBED_TOKENS]
+    mask_decoder = _write_mask_decoder(folder, source.mask_decoder) if source.mask_decoder else None
+    written = {name: write_target(folder, source, name, stored, encoding) for name in targets}
     manifest = Manifest(
         format_version=1,
         producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
@@ -115,7 +119,7 @@ def write_bundle(
             scale=float(np.sqrt(np.float32(source.config.text.hidden_size))),
             row_scales=tensors_of_first[ROW_SCALES].file if ROW_SCALES in tensors_of_first else None,
         ),
-        targets={name: write_target(folder, source, name, stored, encoding) for name in targets},
+        targets={name: msgspec.structs.replace(one, mask_decoder=mask_decoder) for name, one in written.items()},
         engines=(),
         tokenizer=_TOKENIZER,
         golden=None,
@@ -139,7 +143,7 @@ def add_files(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout, encoding: Encoding) -> Target:
-    """The two graphs of a target; a file that another target has written alike is written again, the same."""
+    """A target's own two graphs; a file that another target has written alike is written again, the same."""
     lowering = TARGETS[name].lowering
     vision, decoder = stored[lowering.layout]
     compute_type = encoding.dtype
@@ -158,7 +162,17 @@ def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout
         cache_update=lowering.cache_update,
         vision_encoder=_write_graph(folder, GraphBuilder("vision_encoder", lowering, vision, compute_type), add_vision),
         decoder=_write_graph(folder, GraphBuilder("decoder", lowering, decoder, compute_type), add_text),
+        mask_decoder=None,
     )
+
+
+def _write_mask_decoder(folder: Path, tensors: Mapping[str, Array]) -> Graph:
+    """One graph, in float32 and by the oldest opset: good for every target."""
+    with WeightFile(folder / "mask_decoder.fp32.weights") as file:
+        write_mask_weights(file, tensors)
+    lowering = TARGETS["jetpack6"].lowering
+    graph = GraphBuilder("mask_decoder", lowering, file.tensors, np.float32)
+    return _write_graph(folder, graph, lambda graph: add_mask_decoder(graph, tensors[CODEBOOK].shape[1]))
 
 
 def _write_graph(folder: Path, graph: GraphBuilder, add: Callable[[GraphBuilder], None]) -> Graph:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from paliedge.errors import PaliEdgeError
     from paliedge.locations import Detection
+    from paliedge.masks import Mask
     from paliedge.model import EncodedImage, PaliGemma, Piece
     from paliedge.results import Generation, Timings
 
@@ -23,6 +24,7 @@ __all__ = [
     "Detection",
     "EncodedImage",
     "Generation",
+    "Mask",
     "PaliEdgeError",
     "PaliGemma",
     "Piece",
@@ -34,6 +36,7 @@ _HOMES = {
     "Detection": "locations",
     "EncodedImage": "model",
     "Generation": "results",
+    "Mask": "masks",
     "PaliEdgeError": "errors",
     "PaliGemma": "model",
     "Piece": "model",

@@ -1,7 +1,7 @@
 """Build a bundle's engines on the machine that will run them.
 
-Vision encoder and decoder one after the other, each in a child process; nothing is published before
-both are done. Knows TensorRT by its version only; the child does the rest.
+Its graphs one after the other, each in a child process; nothing is published before all are done. Knows
+TensorRT by its version only; the child does the rest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ SMALLEST_WORKSPACE = 1 << 30
 _PROMPT_TOKENS = 16
 """Of the prompt that prefill is tuned for."""
 
-Part = Literal["vision_encoder", "decoder"]
-PARTS: tuple[Part, ...] = ("vision_encoder", "decoder")
+Part = Literal["vision_encoder", "decoder", "mask_decoder"]
+PARTS: tuple[Part, ...] = ("vision_encoder", "decoder", "mask_decoder")
 Report = Callable[[str], None]
 Progress = Callable[[str, float], None]
 
@@ -103,7 +103,7 @@ def build_engine(
         engine = design_engine(bundle.manifest, trt, target, capability, gpu)
         with engine_staging(folder) as staging:
             _take_timing_cache(bundle, engine, staging)
-            for part in PARTS:
+            for part in parts_of(engine):
                 report(f"building {part} for {describe(trt, capability)} from {target}'s graphs")
                 cost = run_order(part, make_order(bundle, engine, part, staging, workspace), on_progress)
                 report(
@@ -116,6 +116,7 @@ def build_engine(
 
 def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: str, gpu: str) -> Engine:
     """What is to be built from a target's graphs, its files not yet named after their content."""
+    masks = manifest.targets[target].mask_decoder
     return Engine(
         target=target,
         flavour=trt.flavour,
@@ -125,8 +126,14 @@ def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: st
         precision=manifest.targets[target].precision,
         vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(manifest, target)),
         decoder=Plan(file="decoder.plan", profiles=decoder_profiles(manifest, target)),
+        mask_decoder=Plan(file="mask_decoder.plan", profiles=(_profile(masks, {}),)) if masks else None,
         timing_cache=None if trt.compiles_on_device else "engine.timing",
     )
+
+
+def parts_of(engine: Engine) -> list[Part]:
+    """Which plans it has."""
+    return [part for part in PARTS if getattr(engine, part) is not None]
 
 
 def describe(trt: TensorRt, capability: str) -> str:
@@ -259,11 +266,8 @@ def _is_whole(folder: Path, report: Report) -> bool:
 
 def make_order(bundle: Bundle, engine: Engine, part: Part, staging: Path, workspace: int) -> BuildOrder:
     """What the child process is told: to build one of the engine's plans into `staging`."""
-    target = bundle.manifest.targets[engine.target]
-    graph, plan = {
-        "vision_encoder": (target.vision_encoder, engine.vision_encoder),
-        "decoder": (target.decoder, engine.decoder),
-    }[part]
+    graph: Graph = getattr(bundle.manifest.targets[engine.target], part)
+    plan: Plan = getattr(engine, part)
     return BuildOrder(
         flavour=engine.flavour,
         onnx=str(bundle.path(graph.file)),
@@ -364,9 +368,9 @@ def _name_files(engine: Engine, staging: Path) -> Engine:
         return named
 
     has_timing = engine.timing_cache and (staging / engine.timing_cache).is_file()
+    plans: dict[str, Plan] = {part: getattr(engine, part) for part in parts_of(engine)}
     return msgspec.structs.replace(
         engine,
-        vision_encoder=msgspec.structs.replace(engine.vision_encoder, file=rename(engine.vision_encoder.file)),
-        decoder=msgspec.structs.replace(engine.decoder, file=rename(engine.decoder.file)),
+        **{part: msgspec.structs.replace(plan, file=rename(plan.file)) for part, plan in plans.items()},
         timing_cache=rename(engine.timing_cache) if engine.timing_cache and has_timing else None,
     )

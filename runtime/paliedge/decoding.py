@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from paliedge.constraints import Choice, Rule
 from paliedge.session import CacheT, FeaturesT, FloatArray, IdRange, Session
 
 
@@ -26,7 +27,7 @@ def decode_greedily(
     embed: Callable[[int], FloatArray],
     *,
     eos: int,
-    allowed: IdRange,
+    rule: Rule,
     max_new_tokens: int,
 ) -> Iterator[GeneratedToken]:
     """Yield tokens up to and including `eos`, at most `max_new_tokens`; the first one is prefill's.
@@ -35,12 +36,22 @@ def decode_greedily(
         image_features: what the session's vision encoder gave.
         prompt_embeds: [S, H].
         embed: the embedding [H] of a token id.
+        rule: what may be chosen, from token to token.
     """
     started = time.perf_counter()
-    step = session.prefill(cache, image_features, prompt_embeds, allowed)
+    choice = rule(None)
+    step = session.prefill(cache, image_features, prompt_embeds, _range(choice))
     for count in range(1, max_new_tokens + 1):
         yield GeneratedToken(*step, (time.perf_counter() - started) * 1000)
         if step.token == eos or count == max_new_tokens:
             return
         started = time.perf_counter()
-        step = session.decode(cache, embed(step.token), allowed)
+        choice = rule(step.token)
+        step = session.decode(cache, embed(step.token), _range(choice))
+        if isinstance(choice, frozenset) and step.token not in choice:
+            tried = [session.repeat_decode(cache, (token, token)) for token in sorted(choice)]
+            step = max(tried, key=lambda one: one.log_prob)
+
+
+def _range(choice: Choice) -> IdRange:
+    return (min(choice), max(choice)) if isinstance(choice, frozenset) else choice

@@ -1,33 +1,51 @@
-"""Annotated pictures: boxes with their labels, and an answer below, drawn with Pillow."""
+"""Annotated pictures: masks, boxes with their labels, and an answer below, drawn with Pillow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from zlib import crc32
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from paliedge.locations import Detection
+from paliedge.masks import Mask
 
-_PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#000075")
+_PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+"""Okabe and Ito's, which colour-blind eyes tell apart."""
+_MASK_OPACITY = 0.5
 _MIN_SIDE = 560
 """Smaller pictures are enlarged to this, so that labels can be read."""
 
 
 def draw_detections(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """A copy of `image` with one coloured box a detection, a colour a label."""
+    """A copy of `image` with a coloured box a detection, its mask half transparent; a label has its own colour."""
     scale = max(1.0, _MIN_SIDE / max(image.size))
     canvas = _enlarge(image, scale)
+    for item in detections:
+        if item.mask:
+            enlarged = Mask(item.mask.values, _scaled(item.box, scale), canvas.size)
+            stencil = Image.fromarray(enlarged.to_array().astype(np.uint8) * round(255 * _MASK_OPACITY))
+            canvas.paste(colour_of(item.label), mask=stencil)
     draw = ImageDraw.Draw(canvas)
     unit = max(canvas.size) / 280
-    labels = list(dict.fromkeys(item.label for item in detections))
     for item in detections:
-        colour = _PALETTE[labels.index(item.label) % len(_PALETTE)]
-        x1, y1, x2, y2 = (edge * scale for edge in item.box)
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=max(2, round(unit * 1.5)))
-        if item.label:
-            _draw_tag(draw, item.label, (x1, y1), colour, canvas.size, round(unit * 8))
+        colour, box = colour_of(item.label), _scaled(item.box, scale)
+        draw.rectangle(box, outline=colour, width=max(2, round(unit * 1.5)))
+        tag = f"{item.label} {item.confidence:.2f}".strip()
+        _draw_tag(draw, tag, box[:2], colour, canvas.size, round(unit * 8))
     return canvas
+
+
+def colour_of(label: str) -> str:
+    """The colour of a label, always the same."""
+    return _PALETTE[crc32(label.encode()) % len(_PALETTE)]
+
+
+def _scaled(box: tuple[float, float, float, float], scale: float) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = box
+    return x1 * scale, y1 * scale, x2 * scale, y2 * scale
 
 
 def draw_answer(image: Image.Image, answer: str) -> Image.Image:
@@ -64,7 +82,7 @@ def _draw_tag(
     x = max(0.0, min(corner[0], size_wh[0] - width))
     y = corner[1] - depth if corner[1] >= depth else corner[1]
     draw.rectangle((x, y, x + width, y + depth), fill=colour)
-    draw.text((x + 3 - left, y + 3 - top), text, fill="white", font=font)
+    draw.text((x + 3 - left, y + 3 - top), text, fill="black", font=font)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -1,20 +1,23 @@
-"""Boxes from location tokens, read from token ids and never from text.
+"""Boxes from location tokens and masks' codes from segmentation tokens, read from ids and never from text.
 
-A box is four location tokens, y1 x1 y2 x2, each round(edge / size * 1023) of the squared image; its
-label is the text behind it, up to ` ; ` or the next box. The inverse divides by 1023 too, as
-big_vision's evaluation does, so that the last bin reaches the border.
+A box is four location tokens, y1 x1 y2 x2, each round(edge / size * 1023) of the squared image; the 16
+segmentation tokens behind it, if any, are its mask; its label is the text behind those, up to ` ;` or the
+next box. The inverse divides by 1023 too, as big_vision's evaluation does, so that the last bin
+reaches the border.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from statistics import fmean
 from typing import NamedTuple
 
-from paliedge.manifest import Tokens
+from paliedge.manifest import CODES_PER_MASK, Tokens
+from paliedge.masks import Mask
 
-_SEPARATOR = re.compile(r"\s;(?:\s|$)")
+_SEPARATOR = re.compile(r"\s;")
 
 
 class Detection(NamedTuple):
@@ -24,56 +27,128 @@ class Detection(NamedTuple):
         label: the text behind the box; empty if there is none.
         box: x1, y1, x2, y2 in pixels of the image as it was given (after its EXIF rotation).
         box_normalized: the same, divided by width and height: 0 to 1.
+        log_probs: natural logarithms of its tokens' probabilities among all tokens: four of the box, 16 of
+            the mask if it has one, then the label's.
+        mask_codes: the mask's 16 codes; empty without a mask.
+        mask: what they show; None without a mask, or in a bundle without a mask decoder.
     """
 
     label: str
     box: tuple[float, float, float, float]
     box_normalized: tuple[float, float, float, float]
+    log_probs: tuple[float, ...]
+    mask_codes: tuple[int, ...] = ()
+    mask: Mask | None = None
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the four location tokens' probabilities, 0 to 1.
+
+        It ranks boxes, better than chance and than their order; it is no probability that a box is right.
+        """
+        return math.exp(fmean(self.log_probs[:4]))
 
 
 class ParsedLocations(NamedTuple):
-    """The boxes of an answer and the number of location groups that are no box."""
+    """The boxes of an answer and the number of location or segmentation groups that are no box or mask."""
 
     detections: tuple[Detection, ...]
     num_malformed: int
 
 
 def parse_locations(
-    token_ids: Sequence[int], tokens: Tokens, decode: Callable[[Sequence[int]], str], image_wh: tuple[int, int]
+    token_ids: Sequence[int],
+    log_probs: Sequence[float],
+    tokens: Tokens,
+    decode: Callable[[Sequence[int]], str],
+    image_wh: tuple[int, int],
 ) -> ParsedLocations:
-    """Read the boxes of an answer.
+    """Read the boxes of an answer, see `LocationParser`; `log_probs` has one entry a token."""
+    parser = LocationParser(tokens, decode, image_wh)
+    detections: list[Detection] = []
+    for token, log_prob in zip(token_ids, log_probs, strict=True):
+        detections += parser.push(token, log_prob)
+    return ParsedLocations((*detections, *parser.finish()), parser.num_malformed)
+
+
+class LocationParser:
+    """Reads the boxes of an answer, a token at a time.
 
     | location tokens in a row | meaning |
     |---|---|
     | 4 | a box |
-    | 8, 12, ... | boxes of which only the last has a label |
+    | 8, 12, ... | boxes of which only the last has a mask and a label |
     | any other number | malformed: no box |
 
-    A box with y1 >= y2 or x1 >= x2 is malformed too (big_vision counts it as no box). Segmentation
-    tokens between a box and its label are passed over. Text before the first box is no label.
+    A box with y1 >= y2 or x1 >= x2 is malformed too (big_vision counts it as no box). Segmentation tokens
+    between a box and its label are its mask; another number of them than 16 is malformed: the box stays,
+    without a mask. Text before the first box is no label.
 
     Args:
-        token_ids: the generated ids.
         tokens: the bundle's token ids.
         decode: text of some ids.
         image_wh: width and height in pixels that the boxes refer to.
+
+    Attributes:
+        num_malformed: location and segmentation groups so far that are no box or no mask.
     """
-    detections: list[Detection] = []
-    num_malformed = 0
-    edges: list[int] = []
-    for kind, group in groupby(token_ids, lambda token: _kind(token, tokens)):
-        ids = list(group)
-        if kind == "location":
-            edges = [token - tokens.first_location for token in ids]
-            boxes, num_bad = _boxes_from_bins(edges, tokens.num_locations, image_wh)
-            num_malformed += num_bad
-            detections += boxes
-            labelled = bool(boxes) and _is_box(edges[-4:])
-        elif kind == "text" and edges:
-            if labelled:
-                detections[-1] = detections[-1]._replace(label=_label_from_text(decode(ids)))
-            edges, labelled = [], False
-    return ParsedLocations(tuple(detections), num_malformed)
+
+    def __init__(self, tokens: Tokens, decode: Callable[[Sequence[int]], str], image_wh: tuple[int, int]) -> None:
+        self.num_malformed = 0
+        self._tokens = tokens
+        self._decode = decode
+        self._image_wh = image_wh
+        self._bins: list[int] = []
+        self._codes: list[int] = []
+        self._text: list[int] = []
+        self._log_probs: list[float] = []
+
+    def push(self, token: int, log_prob: float) -> list[Detection]:
+        """Take the next token; returns the detections that it completes."""
+        tokens = self._tokens
+        if 0 <= (place := token - tokens.first_location) < tokens.num_locations:
+            done = self.finish() if self._codes or self._text else []
+            self._bins.append(place)
+            self._log_probs.append(log_prob)
+            return done
+        if not self._bins:
+            return []
+        if 0 <= (code := token - tokens.first_segmentation) < tokens.num_segmentations:
+            if not self._text:
+                self._codes.append(code)
+                self._log_probs.append(log_prob)
+            return []
+        self._text.append(token)
+        self._log_probs.append(log_prob)
+        return self.finish() if _SEPARATOR.search(self._decode(self._text)) else []
+
+    def finish(self) -> list[Detection]:
+        """The detections that are pending; the next token begins anew."""
+        bins, codes, label = self._bins, self._codes, _SEPARATOR.split(self._decode(self._text), maxsplit=1)[0].strip()
+        log_probs = tuple(self._log_probs)
+        self._bins, self._codes, self._text, self._log_probs = [], [], [], []
+        if len(bins) % 4:
+            self.num_malformed += 1
+            return []
+        if codes and len(codes) != CODES_PER_MASK:
+            self.num_malformed += 1
+            codes = []
+        found = []
+        for start in range(0, len(bins), 4):
+            y1, x1, y2, x2 = bins[start : start + 4]
+            if y1 >= y2 or x1 >= x2:
+                self.num_malformed += 1
+            elif start + 4 < len(bins):
+                found.append(self._detection((x1, y1, x2, y2), log_probs[start : start + 4]))
+            else:
+                last = self._detection((x1, y1, x2, y2), log_probs[start:])
+                found.append(last._replace(label=label, mask_codes=tuple(codes)))
+        return found
+
+    def _detection(self, bins: tuple[int, int, int, int], log_probs: tuple[float, ...]) -> Detection:
+        x1, y1, x2, y2 = (place / (self._tokens.num_locations - 1) for place in bins)
+        width, height = self._image_wh
+        return Detection("", (x1 * width, y1 * height, x2 * width, y2 * height), (x1, y1, x2, y2), log_probs)
 
 
 def location_tokens_from_box(
@@ -85,34 +160,3 @@ def location_tokens_from_box(
     shares = (y1 / height, x1 / width, y2 / height, x2 / width)
     top = num_locations - 1
     return "".join(f"<loc{min(max(round(share * top), 0), top):04d}>" for share in shares)
-
-
-def _kind(token: int, tokens: Tokens) -> str:
-    if 0 <= token - tokens.first_location < tokens.num_locations:
-        return "location"
-    if 0 <= token - tokens.first_segmentation < tokens.num_segmentations:
-        return "segmentation"
-    return "text"
-
-
-def _boxes_from_bins(bins: list[int], num_locations: int, image_wh: tuple[int, int]) -> tuple[list[Detection], int]:
-    if len(bins) % 4:
-        return [], 1
-    groups = [bins[start : start + 4] for start in range(0, len(bins), 4)]
-    boxes = [_detection_from_bins(group, num_locations, image_wh) for group in groups if _is_box(group)]
-    return boxes, len(groups) - len(boxes)
-
-
-def _is_box(bins: list[int]) -> bool:
-    y1, x1, y2, x2 = bins
-    return y1 < y2 and x1 < x2
-
-
-def _detection_from_bins(bins: list[int], num_locations: int, image_wh: tuple[int, int]) -> Detection:
-    y1, x1, y2, x2 = (place / (num_locations - 1) for place in bins)
-    width, height = image_wh
-    return Detection("", (x1 * width, y1 * height, x2 * width, y2 * height), (x1, y1, x2, y2))
-
-
-def _label_from_text(text: str) -> str:
-    return _SEPARATOR.split(text, maxsplit=1)[0].strip()

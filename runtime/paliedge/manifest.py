@@ -20,6 +20,10 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Flavour = Literal["tensorrt", "rtx"]
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 """Bytes of a tensor's element."""
+CODES_PER_MASK = 16
+"""Segmentation tokens of a mask: a grid of 4 x 4, row by row."""
+MASK_SIZE = 64
+"""Rows and columns of a decoded mask."""
 Dimension = Count | Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -99,6 +103,7 @@ class Prompts(_Strict, frozen=True):
     """This checkpoint's prompt templates; `{labels}`, `{lang}` and `{question}` are filled in."""
 
     detect: str = "detect {labels}"
+    segment: str = "segment {labels}"
     caption: str = "caption {lang}"
     answer: str = "answer {lang} {question}"
     ocr: str = "ocr"
@@ -161,13 +166,14 @@ class Target(_Strict, frozen=True):
 
     `cache_update` says who stores the new rows: "rows", the graph returns them and the runtime copies
     them into the cache; "in_place", the graph writes them at `write_index` and each cache output lies
-    where its input does.
+    where its input does. Without a `mask_decoder` segmentation tokens stay codes.
     """
 
     precision: Precision
     cache_update: Literal["rows", "in_place"]
     vision_encoder: Graph
     decoder: Graph
+    mask_decoder: Graph | None
 
 
 class Range(_Strict, frozen=True):
@@ -200,12 +206,14 @@ class Engine(_Strict, frozen=True):
     precision: Precision
     vision_encoder: Plan
     decoder: Plan
+    mask_decoder: Plan | None
     timing_cache: FileName | None
 
     @property
     def files(self) -> list[str]:
         """Names of all its files."""
-        return [self.vision_encoder.file, self.decoder.file, *filter(None, [self.timing_cache])]
+        plans = filter(None, [self.vision_encoder, self.decoder, self.mask_decoder])
+        return [*(plan.file for plan in plans), *filter(None, [self.timing_cache])]
 
 
 class Cosine(_Strict, frozen=True):

@@ -11,17 +11,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from paliedge.backends import BackendOptions, open_session
 from paliedge.bundle import Bundle
+from paliedge.constraints import BoxRule, Rule, anything
 from paliedge.decoding import GeneratedToken, decode_greedily
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import UsageError
 from paliedge.images import ImageSource, load_image
-from paliedge.locations import parse_locations
+from paliedge.locations import Detection, LocationParser, parse_locations
 from paliedge.manifest import Vocabulary
+from paliedge.masks import Mask
 from paliedge.preprocess import Preprocessor
-from paliedge.prompt import PromptTokenizer, asked_labels
-from paliedge.results import DeviceTimings, Generation, Timings
+from paliedge.prompt import BoxRequest, BoxTask, PromptTokenizer, find_box_request, split_labels
+from paliedge.results import DeviceTimings, FinishReason, Generation, Timings
 from paliedge.session import Session
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
@@ -49,11 +53,32 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Piece:
-    """One streamed token; `text` is empty while a character is incomplete."""
+    """One streamed token.
+
+    Attributes:
+        text: what it adds to the answer; empty while a character is incomplete, and at end-of-sequence.
+        token_id: its id.
+        log_prob: natural logarithm of its probability among all tokens.
+        detections: those whose last token is known now.
+        finish_reason: of the last piece, see `Generation`.
+    """
 
     text: str
     token_id: int
     log_prob: float
+    detections: tuple[Detection, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be answered; `prefix` are the prompt's ids."""
+
+    image: EncodedImage
+    prefix: list[int]
+    rule: Rule
+    max_new_tokens: int
+    reused: bool
 
 
 class PaliGemma:
@@ -143,15 +168,22 @@ class PaliGemma:
         *,
         max_new_tokens: int | None = None,
         location_tokens: bool = True,
+        free: bool = False,
+        only_asked: bool = False,
         bgr: bool = False,
     ) -> Generation:
         """Answer a free prompt, greedily.
+
+        The answer to a prompt that begins with `detect` or `segment` is held to whole boxes, for `segment`
+        with masks; see `BoxRule`.
 
         Args:
             image: a path, the bytes of a file, PIL, a uint8 array, or an EncodedImage.
             prompt: in PaliGemma's own words, such as `caption en`.
             max_new_tokens: where to stop at the latest; the bundle's limit unless given.
             location_tokens: `<locNNNN>` and `<segNNN>` in the prompt are tokens, not text.
+            free: let the model say whatever it likes, malformed boxes too.
+            only_asked: labels may only be those of the `detect` or `segment` prompt.
             bgr: an array's channels are in OpenCV's order.
 
         Raises:
@@ -159,9 +191,10 @@ class PaliGemma:
             UsageError: the prompt or `max_new_tokens` is over the bundle's limit, or the bundle's reduced
                 head cannot answer the prompt.
         """
-        encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, location_tokens, bgr)
-        with self._decode(encoded, prefix, limit) as steps:
-            return self._collect(list(steps), encoded, reused=encoded is image)
+        rule = self._rule(find_box_request(prompt), free, only_asked)
+        request = self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr)
+        with self._decode(request) as steps:
+            return self._collect(list(steps), request)
 
     def stream(
         self,
@@ -170,14 +203,17 @@ class PaliGemma:
         *,
         max_new_tokens: int | None = None,
         location_tokens: bool = True,
+        free: bool = False,
+        only_asked: bool = False,
         bgr: bool = False,
     ) -> Iterator[Piece]:
         """Like `generate`, a token at a time.
 
-        The pieces' texts joined are its text, but for bytes that make no character.
+        The pieces' texts joined are its text, but for bytes that make no character; their detections
+        together are its detections.
         """
-        encoded, prefix, limit = self._prepare(image, prompt, max_new_tokens, location_tokens, bgr)
-        return self._stream(encoded, prefix, limit)
+        rule = self._rule(find_box_request(prompt), free, only_asked)
+        return self._stream(self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr))
 
     def detect(
         self,
@@ -185,18 +221,37 @@ class PaliGemma:
         labels: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
+        free: bool = False,
+        only_asked: bool = False,
         bgr: bool = False,
     ) -> Generation:
         """Find every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
 
+        For `free` and `only_asked` see `generate`.
+
         Raises:
             UsageError: no label, or too many for the bundle's limits.
         """
-        text = labels if isinstance(labels, str) else " ; ".join(labels)
-        if not text.strip():
-            raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
-        prompt = self.manifest.prompts.detect.replace("{labels}", text)
-        return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
+        return self._find("detect", image, labels, free, only_asked, max_new_tokens, bgr)
+
+    def segment(
+        self,
+        image: ImageSource | EncodedImage,
+        labels: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        free: bool = False,
+        only_asked: bool = False,
+        bgr: bool = False,
+    ) -> Generation:
+        """Find every instance of `labels` with its mask; a referring expression is a label too.
+
+        A bundle without a mask decoder gives boxes with `mask_codes` and no `mask`.
+
+        Raises:
+            UsageError: no label, or too many for the bundle's limits.
+        """
+        return self._find("segment", image, labels, free, only_asked, max_new_tokens, bgr)
 
     def caption(
         self,
@@ -229,14 +284,50 @@ class PaliGemma:
         """Read the text in the image."""
         return self.generate(image, self.manifest.prompts.ocr, max_new_tokens=max_new_tokens, bgr=bgr)
 
+    def _find(
+        self,
+        task: BoxTask,
+        image: ImageSource | EncodedImage,
+        labels: str | Sequence[str],
+        free: bool,
+        only_asked: bool,
+        max_new_tokens: int | None,
+        bgr: bool,
+    ) -> Generation:
+        asked = split_labels(labels) if isinstance(labels, str) else list(labels)
+        if not any(label.strip() for label in asked):
+            raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
+        text = labels if isinstance(labels, str) else " ; ".join(labels)
+        template: str = getattr(self.manifest.prompts, task)
+        rule = self._rule(BoxRequest(task, asked), free, only_asked)
+        request = self._prepare(image, template.replace("{labels}", text), rule, max_new_tokens, True, bgr)
+        with self._decode(request) as steps:
+            return self._collect(list(steps), request)
+
+    def _rule(self, asked: BoxRequest | None, free: bool, only_asked: bool) -> Rule:
+        tokens = self.manifest.tokens
+        if only_asked and (free or not asked):
+            raise UsageError(
+                expected="a `detect` or `segment` prompt, not free, to restrict the labels of",
+                found="a free answer" if free else "another prompt",
+                action="Leave out one of the two.",
+            )
+        if free or not asked:
+            return anything(tokens)
+        if not only_asked:
+            return BoxRule(tokens, masks=asked.task == "segment")
+        labels, separators = zip(*map(self._tokenizer.encode_label, asked.labels), strict=True)
+        return BoxRule(tokens, masks=asked.task == "segment", labels=labels, separator=separators[0])
+
     def _prepare(
         self,
         image: ImageSource | EncodedImage,
         prompt: str,
+        rule: Rule,
         max_new_tokens: int | None,
         location_tokens: bool,
         bgr: bool,
-    ) -> tuple[EncodedImage, list[int], int]:
+    ) -> _Request:
         """Check everything that can be wrong, then encode the image."""
         limits = self.manifest.limits
         limit = limits.new_tokens if max_new_tokens is None else max_new_tokens
@@ -257,7 +348,7 @@ class PaliGemma:
                 action="Shorten it, or export the checkpoint again with --max-prompt-tokens.",
             )
         if not isinstance(image, EncodedImage):
-            return self.encode(image, bgr=bgr), prefix, limit
+            return _Request(self.encode(image, bgr=bgr), prefix, rule, limit, reused=False)
         shape = (self.manifest.model.vision.num_image_tokens, self.manifest.model.text.hidden_size)
         if image.features.shape != shape:
             raise UsageError(
@@ -265,11 +356,12 @@ class PaliGemma:
                 found=f"an image that another model encoded, {list(image.features.shape)}",
                 action="Encode the image with the model that answers.",
             )
-        return image, prefix, limit
+        return _Request(image, prefix, rule, limit, reused=True)
 
     def _check_task(self, prompt: str, vocabulary: Vocabulary) -> None:
         """Refuse what a reduced head cannot say: other tasks, other labels."""
-        unknown = [label for label in asked_labels(prompt) or [prompt] if label not in vocabulary.labels]
+        asked = find_box_request(prompt)
+        unknown = [label for label in (asked.labels if asked else [prompt]) if label not in vocabulary.labels]
         if unknown:
             raise UsageError(
                 expected=f"`detect` or `segment` with labels that this bundle's reduced output head kept: "
@@ -279,9 +371,8 @@ class PaliGemma:
             )
 
     @contextmanager
-    def _decode(self, image: EncodedImage, prefix: list[int], limit: int) -> Iterator[Iterator[GeneratedToken]]:
+    def _decode(self, request: _Request) -> Iterator[Iterator[GeneratedToken]]:
         """Decode with a cache that is nobody else's meanwhile and goes back afterwards."""
-        tokens = self.manifest.tokens
         try:
             cache = self._idle_caches.pop()
         except IndexError:
@@ -290,33 +381,51 @@ class PaliGemma:
             yield decode_greedily(
                 self._session,
                 cache,
-                image.features,
-                self._embed(prefix),
+                request.image.features,
+                self._embed(request.prefix),
                 lambda token: self._embed([token])[0],
-                eos=tokens.eos,
-                allowed=(0, tokens.vocab_size - 1),
-                max_new_tokens=limit,
+                eos=self.manifest.tokens.eos,
+                rule=request.rule,
+                max_new_tokens=request.max_new_tokens,
             )
         finally:
             self._idle_caches.append(cache)
 
-    def _stream(self, image: EncodedImage, prefix: list[int], limit: int) -> Iterator[Piece]:
-        decoder = self._tokenizer.decode_stream()
-        with self._decode(image, prefix, limit) as steps:
-            for step in steps:
-                if step.token != self.manifest.tokens.eos:
-                    yield Piece(decoder(step.token), step.token, step.log_prob)
+    def _stream(self, request: _Request) -> Iterator[Piece]:
+        decoder, image_wh = self._tokenizer.decode_stream(), request.image.image_wh
+        parser = LocationParser(self.manifest.tokens, self._tokenizer.decode, image_wh)
+        with self._decode(request) as steps:
+            for count, step in enumerate(steps, 1):
+                if step.token == self.manifest.tokens.eos:
+                    last = self._with_masks(parser.finish(), image_wh)
+                    yield Piece("", step.token, step.log_prob, last, "stop")
+                    return
+                done, is_last = parser.push(step.token, step.log_prob), count == request.max_new_tokens
+                found = self._with_masks([*done, *(parser.finish() if is_last else ())], image_wh)
+                yield Piece(decoder(step.token), step.token, step.log_prob, found, "length" if is_last else None)
 
-    def _collect(self, steps: list[GeneratedToken], image: EncodedImage, *, reused: bool) -> Generation:
+    def _with_masks(self, detections: Sequence[Detection], image_wh: tuple[int, int]) -> tuple[Detection, ...]:
+        """The detections, their masks decoded if the bundle has what decodes them."""
+        coded = [item.mask_codes for item in detections if item.mask_codes]
+        if not coded or not self._session.has_mask_decoder:
+            return tuple(detections)
+        values = iter(self._session.decode_masks(np.array(coded, np.int64)))
+        return tuple(
+            item._replace(mask=Mask(next(values), item.box, image_wh)) if item.mask_codes else item
+            for item in detections
+        )
+
+    def _collect(self, steps: list[GeneratedToken], request: _Request) -> Generation:
         stopped = steps[-1].token == self.manifest.tokens.eos
         kept = steps[:-1] if stopped else steps
-        ids = tuple(step.token for step in kept)
-        parsed = parse_locations(ids, self.manifest.tokens, self._tokenizer.decode, image.image_wh)
+        ids, log_probs = tuple(step.token for step in kept), tuple(step.log_prob for step in kept)
+        image, reused = request.image, request.reused
+        parsed = parse_locations(ids, log_probs, self.manifest.tokens, self._tokenizer.decode, image.image_wh)
         return Generation(
             text=self._tokenizer.decode(ids),
             token_ids=ids,
-            log_probs=tuple(step.log_prob for step in kept),
-            detections=parsed.detections,
+            log_probs=log_probs,
+            detections=self._with_masks(parsed.detections, image.image_wh),
             num_malformed=parsed.num_malformed,
             image_wh=image.image_wh,
             finish_reason="stop" if stopped else "length",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from paliedge.bundle import Bundle
 from paliedge.errors import BundleError, EngineMismatchError, MissingExtraError
 from paliedge.manifest import Target
-from paliedge.session import FloatArray, IdRange, Step, present_name
+from paliedge.session import FloatArray, IdRange, IntArray, Step, present_name
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 """Wheels from 1.29 on write a device id into the user's cache and look for a server. Not from a robot."""
@@ -101,9 +101,12 @@ class OrtSession:
     ) -> None:
         manifest = bundle.manifest
         self._target = bundle.target(target)
+        self.has_mask_decoder = self._target.mask_decoder is not None
         self._hidden_size = manifest.model.text.hidden_size
         self._capacity = manifest.limits.capacity
-        num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._bundle = bundle
+        self._masks: ort.InferenceSession | None = None
         self._vision = load_graph(bundle.path(self._target.vision_encoder.file), num_threads, provider)
         self._decoder = load_graph(bundle.path(self._target.decoder.file), num_threads, provider)
         self._empty = {
@@ -124,7 +127,7 @@ class OrtSession:
         return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity)
 
     def close(self) -> None:
-        del self._vision, self._decoder
+        del self._vision, self._decoder, self._masks
 
     def prefill(self, cache: OrtCache, image_features: FloatArray, prompt_embeds: FloatArray, allowed: IdRange) -> Step:
         inputs_embeds = np.concatenate([image_features, prompt_embeds])[None]
@@ -150,12 +153,24 @@ class OrtSession:
     def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
         cache.inputs_embeds[0, 0] = inputs_embeds
         cache.position_ids[0, 0] = cache.length + 1
-        cache.allowed_ids[0] = allowed
-        self._decoder.run_with_iobinding(cache.binding)
+        step = self.repeat_decode(cache, allowed)
         for name, rows in cache.rows.items():
             cache.buffers[name][:, :, cache.length] = rows[:, :, 0]
         cache.length += 1
+        return step
+
+    def repeat_decode(self, cache: OrtCache, allowed: IdRange) -> Step:
+        cache.allowed_ids[0] = allowed
+        self._decoder.run_with_iobinding(cache.binding)
         return Step(int(cache.next_token[0]), float(cache.log_prob[0]))
+
+    def decode_masks(self, codes: IntArray) -> FloatArray:
+        if self._masks is None:
+            assert self._target.mask_decoder is not None
+            self._masks = load_graph(self._bundle.path(self._target.mask_decoder.file), self._num_threads)
+        (masks,) = self._masks.run(["masks"], {"mask_codes": codes})
+        decoded: FloatArray = masks
+        return decoded
 
 
 def available_providers() -> list[str]:

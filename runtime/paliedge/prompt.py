@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -17,13 +18,23 @@ from paliedge.errors import BundleError, UsageError
 from paliedge.manifest import Tokens
 
 MAX_PROMPT_CHARACTERS = 100_000
-_BOX_TASK = re.compile(r"\A\s*(?:detect|segment)\s+(\S.*)", re.DOTALL)
+BoxTask = Literal["detect", "segment"]
+_BOX_TASK = re.compile(r"\A\s*(detect|segment)\s+(\S.*)\Z")
 
 
-def asked_labels(prompt: str) -> list[str] | None:
-    """The labels that a `detect` or `segment` prompt asks for; None for any other prompt."""
-    task = _BOX_TASK.match(prompt)
-    return split_labels(task[1]) if task else None
+class BoxRequest(NamedTuple):
+    """What a prompt that is answered in boxes asks for."""
+
+    task: BoxTask
+    labels: list[str]
+
+
+def find_box_request(prompt: str) -> BoxRequest | None:
+    """The request of a `detect` or `segment` prompt; None for any other, and for several commands in one."""
+    found = _BOX_TASK.match(prompt.removesuffix("\n"))
+    if not found:
+        return None
+    return BoxRequest("segment" if found[1] == "segment" else "detect", split_labels(found[2]))
 
 
 def split_labels(text: str) -> list[str]:
@@ -66,6 +77,13 @@ class PromptTokenizer:
         tokenizer = self._tokenizer if location_tokens else self._plain_tokenizer
         ids = tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False).ids
         return [self._tokens.bos, *ids, self._tokens.newline]
+
+    def encode_label(self, label: str) -> tuple[list[int], list[int]]:
+        """Ids of a label behind its box, and of the separator behind it."""
+        tokenizer, place = self._tokenizer, f"<loc{0:04d}>"
+        ids = tokenizer.encode(f"{place} {label}", add_special_tokens=False).ids[1:]
+        both = tokenizer.encode(f"{place} {label} ; {place}", add_special_tokens=False).ids[1:-1]
+        return ids, both[len(ids) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; location and segmentation tokens are spelled out, control tokens left out."""

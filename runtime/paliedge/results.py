@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from paliedge.locations import Detection
@@ -49,7 +49,7 @@ class Generation:
         token_ids: the generated ids without end-of-sequence.
         log_probs: natural logarithm of each token's probability among all tokens.
         detections: the boxes in it, in the model's order; at the token limit the last label may be cut.
-        num_malformed: groups of location tokens in it that are no box.
+        num_malformed: groups of location or segmentation tokens in it that are no box or no mask.
         image_wh: width and height in pixels that the boxes refer to.
         finish_reason: "stop" at end-of-sequence, "length" at the token limit.
         timings: milliseconds by stage.
@@ -64,8 +64,13 @@ class Generation:
     finish_reason: FinishReason
     timings: Timings
 
+    def above(self, confidence: float) -> Generation:
+        """The same answer with only the detections of at least this confidence."""
+        kept = tuple(item for item in self.detections if item.confidence >= confidence)
+        return replace(self, detections=kept)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Plain values, as `--json` prints them; masks as COCO's compressed run lengths."""
         return {
             "text": self.text,
             "detections": [
@@ -73,6 +78,8 @@ class Generation:
                     "label": item.label,
                     "box": [round(value, 2) for value in item.box],
                     "box_normalized": [round(value, 5) for value in item.box_normalized],
+                    "confidence": round(item.confidence, 5),
+                    "mask": item.mask.to_rle() if item.mask else None,
                 }
                 for item in self.detections
             ],

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
 IdRange = tuple[int, int]
 """First and last token id that may win."""
 
@@ -29,9 +30,11 @@ class Session(Protocol[CacheT, FeaturesT]):
 
     Attributes:
         has_device_clock: steps carry `device_ms`.
+        has_mask_decoder: `decode_masks` works.
     """
 
     has_device_clock: bool
+    has_mask_decoder: bool
 
     def encode_image(self, pixel_values: FloatArray) -> FeaturesT:
         """pixel_values [1, 3, S, S] -> image_features, which stay where the decoder wants them.
@@ -54,6 +57,14 @@ class Session(Protocol[CacheT, FeaturesT]):
 
     def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
         """Append one token inputs_embeds [H]; returns the next one."""
+        ...
+
+    def repeat_decode(self, cache: CacheT, allowed: IdRange) -> Step:
+        """The last decode step once more, with another range: the cache stays as it is."""
+        ...
+
+    def decode_masks(self, codes: IntArray) -> FloatArray:
+        """codes [N, 16] -> masks [N, 64, 64], positive inside."""
         ...
 
 

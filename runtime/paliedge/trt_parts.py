@@ -1,4 +1,4 @@
-"""The two loaded engines of a TensorRT session, each with the buffers that are its own."""
+"""The loaded engines of a TensorRT session, each with the buffers that are its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from paliedge.cuda import DeviceBuffer, PinnedBuffer, Stream
 from paliedge.errors import EngineMismatchError
-from paliedge.manifest import Target
-from paliedge.session import present_name
-from paliedge.trt_buffers import CacheLayout, TrtCache
+from paliedge.manifest import CODES_PER_MASK, MASK_SIZE, Target
+from paliedge.session import FloatArray, IntArray, present_name
+from paliedge.trt_buffers import CacheLayout, Small, SmallTensors, TrtCache
 from paliedge.trt_engine import LoadedEngine
 
 DECODE, PREFILL = 0, 1
@@ -48,6 +48,36 @@ class LoadedVision:
         if self._on_device:
             stream.copy(self._on_device.address, self.pixels.address, self.pixels.num_bytes)
         self._context.enqueue(stream)
+
+    def close(self) -> None:
+        self._owner.close()
+
+
+class LoadedMasks:
+    """The mask decoder's engine and buffers; one mask at a time."""
+
+    def __init__(self, engine: LoadedEngine, stream: Stream, *, integrated: bool) -> None:
+        codes = Small("mask_codes", np.int64, (1, CODES_PER_MASK))
+        masks = Small("masks", np.float32, (1, MASK_SIZE, MASK_SIZE))
+        with ExitStack() as owner:
+            owner.callback(engine.close)
+            self._small = SmallTensors((codes,), (masks,), integrated=integrated, stream=stream, owner=owner)
+            scratch = owner.enter_context(DeviceBuffer(engine.scratch_bytes(0), stream))
+            self._context = engine.new_context(0, (scratch.address, scratch.num_bytes), stream)
+            owner.callback(self._context.close)
+            self._context.set_shapes({codes.name: codes.shape})
+            self._context.bind(self._small.addresses)
+            self._owner = owner.pop_all()
+
+    def decode(self, codes: IntArray, stream: Stream) -> FloatArray:
+        """codes [16] -> a mask [64, 64]."""
+        self._small.arrays["mask_codes"][0] = codes
+        self._small.upload(stream)
+        self._context.enqueue(stream)
+        self._small.download(stream)
+        stream.synchronize()
+        mask: FloatArray = self._small.arrays["masks"][0].copy()
+        return mask
 
     def close(self) -> None:
         self._owner.close()

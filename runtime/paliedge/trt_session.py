@@ -22,10 +22,10 @@ from paliedge.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, gpu_info
 from paliedge.errors import DeviceError, UsageError
 from paliedge.flavours import TensorRt
 from paliedge.manifest import Engine
-from paliedge.session import FloatArray, IdRange, Step
+from paliedge.session import FloatArray, IdRange, IntArray, Step
 from paliedge.trt_buffers import CacheLayout, Small, SmallTensors, TrtCache
 from paliedge.trt_engine import LoadedEngine
-from paliedge.trt_parts import DECODE, LoadedDecoder, LoadedVision
+from paliedge.trt_parts import DECODE, LoadedDecoder, LoadedMasks, LoadedVision
 
 
 class DeviceFeatures:
@@ -53,7 +53,7 @@ class TrtSession:
         engine: one of the bundle's, built for `trt` and this GPU.
         trt: the TensorRT that built it.
         use_cuda_graph: replay each decode step as one graph.
-        sequential: keep only one of the two engines in memory, for boards that cannot hold both.
+        sequential: keep only one of the two large engines in memory, for boards that cannot hold both.
 
     Raises:
         DeviceError: no GPU, or it has too little memory.
@@ -80,6 +80,7 @@ class TrtSession:
         self._sequential = sequential
         self._integrated = gpu_info().integrated
         self._target = manifest.targets[engine.target]
+        self.has_mask_decoder = engine.mask_decoder is not None
         self._features_shape = (vision.num_image_tokens, text.hidden_size)
         self._pixels_shape = (1, 3, vision.image_size, vision.image_size)
         self._max_prefix = limits.prefix
@@ -91,6 +92,7 @@ class TrtSession:
         self._caches: list[TrtCache] = []
         self._vision: LoadedVision | None = None
         self._decoder: LoadedDecoder | None = None
+        self._masks: LoadedMasks | None = None
         try:
             self._stream = self._owner.enter_context(Stream())
             self._start, self._end = (self._owner.enter_context(Event()) for _ in range(2))
@@ -111,6 +113,9 @@ class TrtSession:
             self._closed = True
             self._unload_vision()
             self._unload_decoder()
+            if self._masks is not None:
+                self._masks.close()
+                self._masks = None
             self._caches.clear()
             self._idle_features.clear()
             self._owner.close()
@@ -166,20 +171,26 @@ class TrtSession:
             decoder.bind(cache, self._stream)
             cache.small.arrays["inputs_embeds"][0, 0] = inputs_embeds
             cache.small.arrays["position_ids"][0, 0] = cache.length + 1
-            cache.small.arrays["allowed_ids"][0] = allowed
-            if self._use_cuda_graph and cache.warm and cache.graph is None:
-                with self._stream.capture() as captured:
-                    self._enqueue_decode(cache)
-                cache.graph = captured[0]
-            self._start.record(self._stream)
-            if cache.graph:
-                cache.graph.launch(self._stream)
-            else:  # the first step of a cache: TensorRT does lazy work that no graph must hold
-                self._enqueue_decode(cache)
-                cache.warm = True
+            self._launch_decode(cache, allowed)
             decoder.store_rows(cache, cache.length, 1, self._stream)
             cache.length += 1
             return self._read_step(cache)
+
+    def repeat_decode(self, cache: TrtCache, allowed: IdRange) -> Step:
+        with self._working():
+            self._load_decoder().bind(cache, self._stream)
+            self._launch_decode(cache, allowed)
+            return self._read_step(cache)
+
+    def decode_masks(self, codes: IntArray) -> FloatArray:
+        with self._working():
+            if self._masks is None:
+                graph, plan = self._target.mask_decoder, self._engine.mask_decoder
+                assert graph is not None
+                assert plan is not None
+                engine = LoadedEngine(self._trt, self._checked(plan.file), graph)
+                self._masks = LoadedMasks(engine, self._stream, integrated=self._integrated)
+            return np.stack([self._masks.decode(row, self._stream) for row in codes])
 
     def read_features(self, features: DeviceFeatures) -> FloatArray:
         """Copy image features to the host."""
@@ -193,6 +204,20 @@ class TrtSession:
     def reuse(self, buffer: DeviceBuffer) -> None:
         """Take back the memory of image features that nobody holds any more."""
         self._idle_features.append(buffer)
+
+    def _launch_decode(self, cache: TrtCache, allowed: IdRange) -> None:
+        """A decode step on what lies in the cache's small tensors; its clock begins here."""
+        cache.small.arrays["allowed_ids"][0] = allowed
+        if self._use_cuda_graph and cache.warm and cache.graph is None:
+            with self._stream.capture() as captured:
+                self._enqueue_decode(cache)
+            cache.graph = captured[0]
+        self._start.record(self._stream)
+        if cache.graph:
+            cache.graph.launch(self._stream)
+        else:  # the first step of a cache: TensorRT does lazy work that no graph must hold
+            self._enqueue_decode(cache)
+            cache.warm = True
 
     def _enqueue_decode(self, cache: TrtCache) -> None:
         cache.small.upload(self._stream)

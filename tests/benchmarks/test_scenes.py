@@ -16,8 +16,8 @@ from benchmarks.shapes.scenes import (
     Scene,
     SceneObject,
     SceneText,
+    box_example,
     caption,
-    detect_example,
     location_text,
     make_examples,
     make_scene,
@@ -94,14 +94,14 @@ def test_captions_count_classes_in_their_order(labels: list[str], sentence: str)
 
 def test_detect_lists_all_instances_by_label_then_in_reading_order() -> None:
     scene = scene_of("red circle", "blue star", "red circle")
-    example = detect_example(scene, ["blue star", "red circle", "white square"])
+    example = box_example(scene, ["blue star", "red circle", "white square"])
     assert example.prompt == "detect blue star ; red circle ; white square"
     first, second, third = (location_text(scene.objects[place].box) for place in (1, 0, 2))
     assert example.answer == f"{first} blue star ; {second} red circle ; {third} red circle"
 
 
 def test_absent_classes_give_nothing() -> None:
-    assert detect_example(scene_of("red circle"), ["blue star"]).answer == ""
+    assert box_example(scene_of("red circle"), ["blue star"]).answer == ""
 
 
 def test_location_tokens_are_y1_x1_y2_x2_over_1023() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PaliGemmaForConditionalGeneration
 
+from benchmarks.shapes.codebook import Codebook, load_masks, write_codes
 from benchmarks.shapes.pool import Pool, draw_pool
 from benchmarks.shapes.scenes import CLASSES, make_scene
 from benchmarks.shapes.train import prefix_lm_mask, train
@@ -20,6 +21,8 @@ from benchmarks.shapes.vocabulary import build_tokenizer
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pool")
     draw_pool(folder, 40, workers=1)
+    packed, places = load_masks(folder)
+    write_codes(Codebook(), packed, places, folder)
     return folder
 
 
@@ -66,6 +69,7 @@ def test_training_resumes_and_ends_with_a_checkpoint(
         device="cpu",
         bf16=False,
         every=2,
+        start=None,
     )
     train(arguments)
     first = (tmp_path / "state.pt").stat().st_mtime_ns

@@ -104,7 +104,7 @@ def make_loud(model: PaliGemmaForConditionalGeneration) -> None:
 def answer(checkpoint: Path, tensors: Tensors, folder: Path, forced: Answers | None) -> tuple[Answers, Statistics]:
     """Answers of fp32 graphs of `tensors`, written to `folder`, and the statistics of their layers."""
     config, limits = read_config(checkpoint), Limits(prefix=64, new_tokens=32)
-    source = Source("loud", checkpoint, config, read_tokens(checkpoint), limits, None)
+    source = Source("loud", checkpoint, config, read_tokens(checkpoint), limits, None, None)
     folder.mkdir()
     encoding = Encoding("fp32")
     stored = write_all_weights(folder, source, tensors, ("cpu",), encoding)

@@ -172,7 +172,7 @@ def test_every_node_is_on_the_targets_list(precision: str, tiny: Tiny, tmp_path:
     )
     bundle = Bundle(tmp_path / "bundle")
     for name, target in bundle.manifest.targets.items():
-        for graph in (target.vision_encoder, target.decoder):
+        for graph in filter(None, (target.vision_encoder, target.decoder, target.mask_decoder)):
             assert find_faults(bundle.path(graph.file), name) == []
 
 

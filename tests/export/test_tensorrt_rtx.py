@@ -18,6 +18,7 @@ from paliedge import building
 from paliedge.building import build_engine
 from paliedge.bundle import Bundle
 from paliedge.errors import BuildError
+from paliedge.flavours import load_flavour
 from paliedge.manifest import Engine, Range
 from paliedge_export.config import read_config
 from paliedge_export.exporter import Quantization, export_bundle
@@ -25,6 +26,7 @@ from paliedge_export.linears import linears
 from paliedge_export.statistics import Statistics
 from paliedge_export.weights import QUANTIZED
 from tests.export.conftest import Tiny
+from tests.masks import PUBLISHED, random_mask_decoder
 from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
 
@@ -61,6 +63,28 @@ def test_tiny_graphs_are_built(target: str, precision: str, tiny: Tiny, tmp_path
 def test_shapes_graphs_are_built(target: str, tmp_path: Path) -> None:
     bundle, engine = build(SHAPES_CHECKPOINT, tmp_path / "bundle", target, "fp16")
     assert bundle.manifest.files[engine.decoder.file].size > 1_000_000
+    assert engine.mask_decoder is not None
+
+
+def test_a_mask_decoder_of_the_published_size_is_built(tiny: Tiny, tmp_path: Path) -> None:
+    np.savez(tmp_path / "vae-oid.npz", allow_pickle=False, **random_mask_decoder(**PUBLISHED))
+    export_bundle(
+        str(tiny.checkpoint),
+        tmp_path / "bundle",
+        targets=["jetpack6"],
+        mask_decoder=tmp_path / "vae-oid.npz",
+        compare=False,
+    )
+    bundle = Bundle(tmp_path / "bundle")
+    trt = load_flavour("rtx")
+    engine = building.design_engine(bundle.manifest, trt, "jetpack6", building.ANY_GPU, "any")
+    assert building.parts_of(engine) == list(building.PARTS)
+    building.run_order(
+        "mask_decoder",
+        building.make_order(bundle, engine, "mask_decoder", tmp_path, building.SMALLEST_WORKSPACE),
+        lambda part, progress: None,
+    )
+    assert (tmp_path / "mask_decoder.plan").stat().st_size > 2_000_000
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from paliedge.constraints import Choice, Rule
 from paliedge.decoding import GeneratedToken, decode_greedily
-from paliedge.session import FloatArray, IdRange, Session, Step
+from paliedge.session import FloatArray, IdRange, IntArray, Session, Step
 
 EOS = 1
 HIDDEN = 3
@@ -31,6 +32,8 @@ class ScriptedSession:
     calls: list[tuple[str, IdRange]] = field(default_factory=list)
     caches: list[ScriptedCache] = field(default_factory=list)
     has_device_clock: bool = False
+    has_mask_decoder: bool = False
+    scores: dict[int, float] = field(default_factory=dict)
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
         raise AssertionError("the decode loop knows no images")
@@ -50,13 +53,21 @@ class ScriptedSession:
         cache.embeds.append(float(inputs_embeds[0]))
         return self._answer("decode", cache, allowed)
 
+    def repeat_decode(self, cache: ScriptedCache, allowed: IdRange) -> Step:
+        self.calls.append(("repeat", allowed))
+        assert allowed[0] == allowed[1]
+        return Step(allowed[0], self.scores[allowed[0]])
+
+    def decode_masks(self, codes: IntArray) -> FloatArray:
+        raise AssertionError("the decode loop knows no masks")
+
     def close(self) -> None:
         raise AssertionError("the decode loop does not own the session")
 
     def _answer(self, call: str, cache: ScriptedCache, allowed: IdRange) -> Step:
         self.calls.append((call, allowed))
         self.caches.append(cache)
-        token = self.tokens[len(self.calls) - 1]
+        token = self.tokens[len(self.caches) - 1]
         return Step(token, -token / 10)
 
 
@@ -65,11 +76,11 @@ def embed(token: int) -> FloatArray:
 
 
 def decode(
-    session: ScriptedSession, cache: ScriptedCache, limit: int, allowed: IdRange = (0, 99)
+    session: ScriptedSession, cache: ScriptedCache, limit: int, rule: Rule = lambda token: (0, 99)
 ) -> list[GeneratedToken]:
     checked: Session[ScriptedCache, FloatArray] = session
     image, prompt = embed(100)[None], embed(101)[None]
-    return list(decode_greedily(checked, cache, image, prompt, embed, eos=EOS, allowed=allowed, max_new_tokens=limit))
+    return list(decode_greedily(checked, cache, image, prompt, embed, eos=EOS, rule=rule, max_new_tokens=limit))
 
 
 def test_decoding_ends_with_end_of_sequence() -> None:
@@ -100,17 +111,34 @@ def test_the_cache_sees_the_prefix_and_then_every_token_but_the_last() -> None:
     assert all(used is cache for used in session.caches)
 
 
-def test_the_allowed_range_goes_with_every_step() -> None:
+def test_the_rule_is_asked_before_every_step_with_the_token_before_it() -> None:
     session = ScriptedSession([7, 8, EOS])
-    decode(session, ScriptedCache(), limit=10, allowed=(5, 42))
-    assert [allowed for _, allowed in session.calls] == [(5, 42)] * 3
+    ranges: dict[int | None, IdRange] = {None: (5, 42), 7: (6, 43), 8: (0, 44)}
+    decode(session, ScriptedCache(), limit=10, rule=ranges.__getitem__)
+    assert [allowed for _, allowed in session.calls] == list(ranges.values())
+
+
+def test_of_a_few_ids_the_likeliest_is_taken() -> None:
+    session = ScriptedSession([7, 8, 20, EOS], scores={10: -3.0, 30: -1.0, 60: -2.0})
+    choices: dict[int | None, Choice] = {7: frozenset({8, 9}), 8: frozenset({10, 30, 60})}
+    steps = decode(session, ScriptedCache(), limit=10, rule=lambda token: choices.get(token, (0, 99)))
+    assert [(step.token, step.log_prob) for step in steps] == [(7, -0.7), (8, -0.8), (30, -1.0), (EOS, -0.1)]
+    assert session.calls[1:] == [
+        ("decode", (8, 9)),
+        ("decode", (10, 60)),
+        ("repeat", (10, 10)),
+        ("repeat", (30, 30)),
+        ("repeat", (60, 60)),
+        ("decode", (0, 99)),
+    ]
+    assert session.caches[0].embeds[2:] == [7, 8, 30]
 
 
 def test_a_token_is_handed_out_before_the_next_one_is_computed() -> None:
     session = ScriptedSession([7, 8, EOS])
     prefix = embed(100)[None]
     steps = decode_greedily(
-        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10
+        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, rule=lambda token: (0, 99), max_new_tokens=10
     )
     assert session.calls == []
     assert next(steps).token == 7
@@ -126,7 +154,7 @@ def test_a_step_is_timed_without_the_time_its_reader_takes(monkeypatch: pytest.M
     prefix = embed(100)[None]
     times = []
     for step in decode_greedily(
-        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, allowed=(0, 99), max_new_tokens=10
+        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, rule=lambda token: (0, 99), max_new_tokens=10
     ):
         times.append(step.ms)
         next(ticks)  # a slow reader

@@ -259,6 +259,7 @@ def make_engine(trt: TensorRt, version: str | None = None, capability: str = "8.
         precision="fp16",
         vision_encoder=plan,
         decoder=plan,
+        mask_decoder=None,
         timing_cache=None,
     )
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paliedge.locations import Detection, ParsedLocations, location_tokens_from_box, parse_locations
+from paliedge.locations import (
+    Detection,
+    LocationParser,
+    ParsedLocations,
+    location_tokens_from_box,
+    parse_locations,
+)
 from paliedge.manifest import Tokens
 
 FIRST_LOCATION = 100
@@ -60,8 +67,14 @@ def segmentation(count: int) -> list[int]:
     return [FIRST_SEGMENTATION + index * 8 for index in range(count)]
 
 
+def parse_with(
+    token_ids: Sequence[int], tokens: Tokens, decode: Callable[[Sequence[int]], str], image_wh: tuple[int, int]
+) -> ParsedLocations:
+    return parse_locations(token_ids, [-0.5] * len(token_ids), tokens, decode, image_wh)
+
+
 def parse(token_ids: Sequence[int]) -> ParsedLocations:
-    return parse_locations(token_ids, TOKENS, decode, (WIDTH, HEIGHT))
+    return parse_with(token_ids, TOKENS, decode, (WIDTH, HEIGHT))
 
 
 A = (10, 20, 30, 40)
@@ -137,14 +150,62 @@ def test_an_answer_is_read_as_its_boxes(
     assert malformed == num_malformed
 
 
+CODES = tuple(range(0, 128, 8))
+MASKS: dict[str, tuple[list[int], list[tuple[int, ...]], int]] = {
+    "mask-and-label": (ids_from(*A) + segmentation(16) + ids_from(" cat"), [CODES], 0),
+    "mask-and-no-label": (ids_from(*A) + segmentation(16), [CODES], 0),
+    "no-mask": (ids_from(*A, " cat"), [()], 0),
+    "15-codes": (ids_from(*A) + segmentation(15) + ids_from(" cat"), [()], 1),
+    "17-codes": (ids_from(*A) + segmentation(16) + [FIRST_SEGMENTATION] + ids_from(" cat"), [()], 1),
+    "codes-behind-the-label": (ids_from(*A, " cat") + segmentation(16), [()], 0),
+    "codes-without-a-box": (segmentation(16) + ids_from(" cat"), [], 0),
+    "codes-of-the-last-of-two-boxes": (ids_from(*A, *B) + segmentation(16), [(), CODES], 0),
+    "codes-of-no-box": (ids_from(9, 9, 9, 9) + segmentation(16) + ids_from(" cat"), [], 1),
+    "two-masks": (
+        ids_from(*A) + segmentation(16) + ids_from(" ;", *B) + segmentation(16) + ids_from(" dog"),
+        [CODES, CODES],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize(("token_ids", "expected", "num_malformed"), MASKS.values(), ids=MASKS)
+def test_sixteen_segmentation_tokens_behind_a_box_are_its_mask(
+    token_ids: list[int], expected: list[tuple[int, ...]], num_malformed: int
+) -> None:
+    detections, malformed = parse(token_ids)
+    assert [item.mask_codes for item in detections] == expected
+    assert malformed == num_malformed
+
+
+def test_a_detection_has_the_log_probabilities_of_its_own_tokens() -> None:
+    token_ids = ids_from(" dog", *A) + segmentation(16) + ids_from(" cat", " ;", *B, *A, " x-ray", "-tube")
+    log_probs = [-float(place) for place in range(len(token_ids))]
+    first, second, third = parse_locations(token_ids, log_probs, TOKENS, decode, (WIDTH, HEIGHT)).detections
+    assert [-value for value in first.log_probs] == list(range(1, 23))  # with the separator that ends it
+    assert [-value for value in second.log_probs] == [23, 24, 25, 26]
+    assert [-value for value in third.log_probs] == [27, 28, 29, 30, 31, 32]
+    assert first.confidence == pytest.approx((math.e**-1 * math.e**-2 * math.e**-3 * math.e**-4) ** 0.25)
+    assert 0 < second.confidence < first.confidence < 1
+
+
+def test_a_detection_is_known_as_soon_as_its_last_token_is() -> None:
+    parser = LocationParser(TOKENS, decode, (WIDTH, HEIGHT))
+    token_ids = ids_from(*A, " cat", " ;", *B, " dog", *A)
+    found = [[item.label for item in parser.push(token, 0.0)] for token in token_ids]
+    assert found == [[], [], [], [], [], ["cat"], [], [], [], [], [], ["dog"], [], [], []]
+    assert [item.box for item in parser.finish()] == [BOX_A]
+    assert parser.finish() == []
+
+
 def test_a_box_is_y1_x1_y2_x2_in_1023rds_of_height_and_width() -> None:
-    (item,), _ = parse_locations(ids_from(0, 341, 682, 1023), TOKENS, decode, (300, 90))
+    (item,), _ = parse_with(ids_from(0, 341, 682, 1023), TOKENS, decode, (300, 90))
     assert item.box_normalized == pytest.approx((1 / 3, 0, 1, 2 / 3))
     assert item.box == pytest.approx((100, 0, 300, 60))
 
 
 def test_the_number_of_bins_comes_from_the_tokens() -> None:
-    (item,), _ = parse_locations([5, 5, 9, 9], TOKENS_OF_FIVE_BINS, decode, (8, 8))
+    (item,), _ = parse_with([5, 5, 9, 9], TOKENS_OF_FIVE_BINS, decode, (8, 8))
     assert item.box == (0, 0, 8, 8)
 
 
@@ -170,8 +231,8 @@ def test_tokens_behind_the_last_location_and_segmentation_token_are_text() -> No
         return " x"
 
     behind = [FIRST_LOCATION - 1, FIRST_LOCATION + 1024, FIRST_SEGMENTATION - 1, FIRST_SEGMENTATION + 128]
-    (item,), malformed = parse_locations([*ids_from(*A), *behind], TOKENS, spy, (WIDTH, HEIGHT))
-    assert (item.label, malformed, asked) == ("x", 0, [behind])
+    (item,), malformed = parse_with([*ids_from(*A), *behind], TOKENS, spy, (WIDTH, HEIGHT))
+    assert (item.label, malformed, asked[-1]) == ("x", 0, behind)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +261,7 @@ sizes = st.tuples(st.integers(1, 8000), st.integers(1, 8000))
 @settings(deadline=None, max_examples=200)
 def test_a_box_that_was_read_is_spelled_with_the_same_tokens(place: tuple[int, ...], image_wh: tuple[int, int]) -> None:
     token_ids = [FIRST_LOCATION + edge for edge in place]
-    (item,), _ = parse_locations(token_ids, TOKENS, decode, image_wh)
+    (item,), _ = parse_with(token_ids, TOKENS, decode, image_wh)
     assert ids_from_tokens(location_tokens_from_box(item.box, image_wh)) == token_ids
 
 
@@ -210,7 +271,7 @@ def test_a_box_that_was_spelled_is_read_within_half_a_bin(data: st.DataObject, i
     width, height = image_wh
     x1, y1 = data.draw(st.floats(0, 0.9)) * width, data.draw(st.floats(0, 0.9)) * height
     box = (x1, y1, x1 + 0.05 * width, y1 + 0.05 * height)
-    (item,), _ = parse_locations(ids_from_tokens(location_tokens_from_box(box, image_wh)), TOKENS, decode, image_wh)
+    (item,), _ = parse_with(ids_from_tokens(location_tokens_from_box(box, image_wh)), TOKENS, decode, image_wh)
     for read, edge, size in zip(item.box, box, (width, height, width, height), strict=True):
         assert abs(read - edge) <= 0.5001 * size / 1023
 
@@ -229,13 +290,12 @@ def test_any_ids_give_boxes_inside_the_image_and_never_an_error(
     groups: list[list[int]], image_wh: tuple[int, int]
 ) -> None:
     token_ids = [token for group in groups for token in group]
-    detections, malformed = parse_locations(
-        token_ids, TOKENS, lambda ids: "".join(TEXT.get(i, "?") for i in ids), image_wh
-    )
+    detections, malformed = parse_with(token_ids, TOKENS, lambda ids: "".join(TEXT.get(i, "?") for i in ids), image_wh)
     for item in detections:
         assert_inside(item, image_wh)
     num_locations = sum(FIRST_LOCATION <= token < FIRST_LOCATION + 1024 for token in token_ids)
-    assert len(detections) * 4 + malformed <= num_locations
+    num_codes = sum(FIRST_SEGMENTATION <= token < FIRST_SEGMENTATION + 128 for token in token_ids)
+    assert len(detections) * 4 + malformed <= num_locations + num_codes
     assert bool(detections or malformed) == bool(num_locations)
 
 

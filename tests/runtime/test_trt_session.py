@@ -33,7 +33,16 @@ from paliedge.results import Generation
 from paliedge.session import IdRange, Session, Step
 from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.machine import Machine, fake_machine
-from tests.runtime.conftest import MAX_NEW_TOKENS, MAX_PROMPT_TOKENS, RTX_VERSION, TWO_BOARDS, VERSIONS, open_reference
+from tests.masks import decode_masks, random_mask_decoder
+from tests.runtime.conftest import (
+    MAX_NEW_TOKENS,
+    MAX_PROMPT_TOKENS,
+    RTX_VERSION,
+    TINY,
+    TWO_BOARDS,
+    VERSIONS,
+    open_reference,
+)
 
 IMAGES = [make_scene(HELD_OUT_SEED + 30_000 + index).image for index in range(3)]
 Answers = list[tuple[tuple[int, ...], tuple[float, ...]]]
@@ -103,6 +112,37 @@ def test_the_runtimes_own_session_on_onnx_runtime_says_the_same(
             assert [tokens for tokens, _ in found] == [tokens for tokens, _ in answers]
             for (_, scores), (_, others) in zip(found, answers, strict=True):
                 assert scores == pytest.approx(others, abs=1e-3)
+
+
+@pytest.mark.parametrize("subject", TINY)
+def test_masks_are_what_the_layers_say(model: PaliGemma) -> None:
+    codes = np.random.default_rng(2).integers(0, 128, (3, 16))
+    expected = decode_masks(random_mask_decoder(), codes)
+    for _ in range(2):
+        found = model._session.decode_masks(codes)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@TWO_BOARDS
+def test_a_step_can_be_repeated_with_other_tokens_allowed(
+    model: PaliGemma, wanted: PaliGemma, built: dict[str, Path], subject: str
+) -> None:
+    """Where a few labels are to choose from the loop does so; the cache must not know of it."""
+    last = model.manifest.tokens.vocab_size - 1
+    embed = EmbeddingTable(Bundle(built[subject]))
+    features = wanted.encode(IMAGES[0]).features
+
+    def run(session: Session[Any, Any], repeats: int) -> list[Step]:
+        cache = session.new_cache()
+        found = [session.prefill(cache, features, embed([2, 3]), (0, last))]
+        for token in (9, 10, 11, 12):
+            found.append(session.decode(cache, embed([token])[0], (0, last)))
+            for other in range(repeats):
+                assert session.repeat_decode(cache, (other, other)).token == other
+        return [step._replace(device_ms=None) for step in found]
+
+    plain = run(wanted._session, 0)
+    assert run(model._session, 0) == run(model._session, 3) == run(wanted._session, 3) == plain
 
 
 @TWO_BOARDS

@@ -50,16 +50,75 @@ _lang_option = click.option(
 )
 
 
+def _box_options(verb: Verb) -> Verb:
+    """What verbs have that answer in boxes."""
+    for option in (
+        click.option(
+            "--conf",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            envvar="PALIEDGE_CONF",
+            show_envvar=True,
+            help="Leave out detections whose confidence is lower. It ranks them; it is no probability of being right.",
+        ),
+        click.option(
+            "--free",
+            is_flag=True,
+            envvar="PALIEDGE_FREE",
+            show_envvar=True,
+            help="Let the model say whatever it likes; malformed boxes may appear.",
+        ),
+        click.option(
+            "--only-asked",
+            is_flag=True,
+            envvar="PALIEDGE_ONLY_ASKED",
+            show_envvar=True,
+            help="No labels but those that are asked for.",
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
 @click.command()
 @click.argument("source")
 @click.argument("labels")
+@_box_options
 @_answer_options
-def detect(source: str, labels: str, max_new_tokens: int | None, **rest: Any) -> None:
+def detect(
+    source: str, labels: str, max_new_tokens: int | None, conf: float, free: bool, only_asked: bool, **rest: Any
+) -> None:
     """Find every instance of LABELS, such as "cat ; dog".
 
     SOURCE is a picture, a folder of pictures or a glob pattern.
     """
-    _answer_all(source, lambda model, image: model.detect(image, labels, max_new_tokens=max_new_tokens), **rest)
+
+    def answer(model: PaliGemma, image: Path) -> Generation:
+        found = model.detect(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
+        return found.above(conf)
+
+    _answer_all(source, answer, **rest)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("labels")
+@_box_options
+@_answer_options
+def segment(
+    source: str, labels: str, max_new_tokens: int | None, conf: float, free: bool, only_asked: bool, **rest: Any
+) -> None:
+    """Find every instance of LABELS with its mask.
+
+    SOURCE is a picture, a folder of pictures or a glob pattern; a label may be a whole phrase. Without a mask
+    decoder in the bundle (`paliedge export --mask-decoder`) there are only boxes.
+    """
+
+    def answer(model: PaliGemma, image: Path) -> Generation:
+        found = model.segment(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
+        return found.above(conf)
+
+    _answer_all(source, answer, **rest)
 
 
 @click.command()
@@ -98,7 +157,7 @@ def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -
     _answer_all(source, lambda model, image: model.generate(image, prompt, max_new_tokens=max_new_tokens), **rest)
 
 
-VERBS = (detect, caption, ask, ocr, predict)
+VERBS = (detect, segment, caption, ask, ocr, predict)
 
 
 def find_sources(source: str) -> list[Path]:
@@ -170,7 +229,9 @@ def print_answer(source: str, result: Generation, as_json: bool) -> None:
         click.echo(json.dumps({"source": source, **result.to_dict()}, ensure_ascii=False))
         return
     for found in result.detections:
-        click.echo(f"{source}: {found.label} " + " ".join(f"{edge:.1f}" for edge in found.box))
+        edges = " ".join(f"{edge:.1f}" for edge in found.box)
+        pixels = f", mask of {found.mask.to_array().sum()} pixels" if found.mask else ""
+        click.echo(f"{source}: {found.label} {edges} ({found.confidence:.2f}{pixels})")
     if not result.detections:
         click.echo(f"{source}: {result.text or 'nothing found'}")
     if result.finish_reason == "length":
