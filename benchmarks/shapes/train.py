@@ -573,7 +573,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--start", type=Path, help="checkpoint whose weights to start from")
+    parser.add_argument("--weights", dest="start", type=Path, help="checkpoint whose weights to start from")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--vision-steps", type=int, default=3_000, help="of these, on the vision encoder alone")
     parser.add_argument("--images", type=int, default=32)

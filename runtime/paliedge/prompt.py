@@ -32,9 +32,10 @@ class BoxRequest(NamedTuple):
 def find_box_request(prompt: str) -> BoxRequest | None:
     """The request of a `detect` or `segment` prompt; None for any other, and for several commands in one."""
     found = _BOX_TASK.match(prompt.removesuffix("\n"))
-    if not found:
+    labels = split_labels(found[2]) if found else []
+    if not found or not labels:
         return None
-    return BoxRequest("segment" if found[1] == "segment" else "detect", split_labels(found[2]))
+    return BoxRequest("segment" if found[1] == "segment" else "detect", labels)
 
 
 def split_labels(text: str) -> list[str]:

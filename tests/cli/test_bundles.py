@@ -83,13 +83,13 @@ def test_verify_finds_a_machine_that_ends_at_once(monkeypatch: pytest.MonkeyPatc
     assert "tokens [] instead of" in result.stderr
 
 
-def test_demo_answers_four_prompts_a_scene_and_leaves_pictures(tmp_path: Path) -> None:
+def test_demo_answers_five_prompts_a_scene_and_leaves_pictures(tmp_path: Path) -> None:
     result = run("demo", "--save", tmp_path)
     scenes = json.loads((DEMO_SCENES / "scenes.json").read_text())
     assert result.exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(scene["file"] for scene in scenes)
     for scene in scenes:
-        for prompt in ("detect ", "caption en", "answer en ", "ocr"):
+        for prompt in ("detect ", "segment ", "caption en", "answer en ", "ocr"):
             assert f"{scene['file']}: {prompt}" in result.stdout
 
 
@@ -135,7 +135,7 @@ def test_help_names_every_verb_and_is_fast() -> None:
         used = (after.children_user + after.children_system) - (before.children_user + before.children_system)
         times.append(used)
     shown = [line.split()[0] for line in output.split("Commands:\n")[1].splitlines() if line[2:3].strip()]
-    assert " ".join(shown) == "ask build caption demo detect doctor export info ocr plan predict verify"
+    assert " ".join(shown) == "ask build caption demo detect doctor export info ocr plan predict segment verify"
     assert min(times) < 0.3
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from pycocotools import mask as coco
 
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.cli.predict import find_sources
 from paliedge.errors import ImageError
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SCENES = json.loads((DEMO_SCENES / "scenes.json").read_text())
 SCENE = DEMO_SCENES / SCENES[0]["file"]
 LABELS = " ; ".join(SCENES[0]["detect"])
@@ -30,11 +32,12 @@ def test_detect_prints_a_line_a_box_and_says_which_model_it_uses() -> None:
     assert lines
     for line in lines:
         source, rest = line.split(": ")
-        *label, x1, y1, x2, y2 = rest.split()
+        *label, x1, y1, x2, y2, confidence = rest.split()
         assert source == str(SCENE)
         assert " ".join(label) in SCENES[0]["detect"]
         assert 0 <= float(x1) < float(x2) <= 112
         assert 0 <= float(y1) < float(y2) <= 112
+        assert 0 < float(confidence) <= 1
     assert "shapes model that ships" in result.stderr
 
 
@@ -50,6 +53,36 @@ def test_json_is_one_object_a_picture_with_boxes_tokens_and_times() -> None:
     for found in answer["detections"]:
         normalized = [round(edge / 112, 2) for edge in found["box"]]
         assert normalized == pytest.approx(found["box_normalized"], abs=0.01)
+
+
+def test_conf_leaves_out_what_is_less_likely() -> None:
+    everything = json.loads(run("detect", SCENE, LABELS, "--json").stdout)["detections"]
+    scores = sorted(item["confidence"] for item in everything)
+    assert len(scores) > 1
+    some = json.loads(run("detect", SCENE, LABELS, "--json", "--conf", scores[-1] - 1e-4).stdout)["detections"]
+    assert some == [item for item in everything if item["confidence"] >= scores[-1] - 1e-4]
+    assert run("detect", SCENE, LABELS, "--conf", 1.5).exit_code == 2
+
+
+def test_free_and_only_asked_reach_the_model() -> None:
+    both = run("detect", SCENE, LABELS, "--free", "--only-asked")
+    assert both.exit_code == 2
+    assert "not free" in both.stderr
+    for option in ("--free", "--only-asked"):
+        assert run("detect", SCENE, LABELS, option).exit_code == 0
+
+
+def test_segment_gives_boxes_with_masks_and_draws_them(tmp_path: Path) -> None:
+    label = SCENES[0]["detect"][0]
+    result = run("segment", SCENE, label, "--json", "--save", tmp_path)
+    found = json.loads(result.stdout)["detections"]
+    assert [item["label"] for item in found] == [label] * len(found) != []
+    for item in found:
+        x1, y1, x2, y2 = item["box"]
+        pixels = coco.decode(item["mask"])
+        assert pixels.shape == (112, 112)
+        assert 0.3 * (x2 - x1) * (y2 - y1) < pixels.sum() <= 1.2 * (x2 - x1) * (y2 - y1)
+    assert (tmp_path / SCENE.with_suffix(".png").name).is_file()
 
 
 @pytest.mark.parametrize("verb", [["caption"], ["ask", "how many circles are there?"], ["ocr"], ["predict", "ocr"]])

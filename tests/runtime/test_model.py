@@ -105,8 +105,17 @@ def test_streamed_pieces_are_the_answer(model: PaliGemma) -> None:
     whole = model.generate(SCENE.image, "caption en")
     pieces = list(model.stream(SCENE.image, "caption en"))
     assert "".join(piece.text for piece in pieces) == whole.text
-    assert tuple(piece.token_id for piece in pieces) == whole.token_ids
-    assert tuple(piece.log_prob for piece in pieces) == whole.log_probs
+    assert tuple(piece.token_id for piece in pieces[:-1]) == whole.token_ids
+    assert tuple(piece.log_prob for piece in pieces[:-1]) == whole.log_probs
+    assert [piece.finish_reason for piece in pieces] == [None] * len(whole.token_ids) + ["stop"]
+    cut = list(model.stream(SCENE.image, "caption en", max_new_tokens=2))
+    assert [piece.finish_reason for piece in cut] == [None, "length"]
+
+
+def test_streamed_detections_are_those_of_the_answer(model: PaliGemma) -> None:
+    whole = model.detect(SCENE.image, [LABEL, "blue star"])
+    pieces = model.stream(SCENE.image, f"detect {LABEL} ; blue star")
+    assert tuple(item for piece in pieces for item in piece.detections) == whole.detections
 
 
 def test_a_stop_at_the_limit_is_told_and_complete_boxes_are_kept(model: PaliGemma) -> None:

@@ -175,16 +175,17 @@ def _print_run(checked: RunReport) -> None:
 )
 @json_option("Answers as JSON lines.")
 def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool) -> None:
-    """Detect, caption, count and read on the sample scenes that ship with paliedge."""
+    """Detect, segment, caption, count and read on the sample scenes that ship with paliedge."""
     from paliedge.images import load_image
 
     model = load_model(bundle, options)
     for scene in json.loads((DEMO_SCENES / "scenes.json").read_text()):
         image = load_image(DEMO_SCENES / scene["file"])
         encoded = model.encode(image)
-        found = model.detect(encoded, scene["detect"])
+        found = model.segment(encoded, scene["detect"][:1])
         answers = {
-            f"detect {' ; '.join(scene['detect'])}": found,
+            f"detect {' ; '.join(scene['detect'])}": model.detect(encoded, scene["detect"]),
+            f"segment {scene['detect'][0]}": found,
             "caption en": model.caption(encoded),
             f"answer en {scene['ask']}": model.ask(encoded, scene["ask"]),
             "ocr": model.ocr(encoded),

@@ -224,14 +224,15 @@ def _answer_all(
 
 
 def print_answer(source: str, result: Generation, as_json: bool) -> None:
-    """The answer on stdout: a line for each box, or its text."""
+    """The answer on stdout: a line for each box (its edges, its confidence, the size of its mask), or its text."""
     if as_json:
         click.echo(json.dumps({"source": source, **result.to_dict()}, ensure_ascii=False))
         return
     for found in result.detections:
-        edges = " ".join(f"{edge:.1f}" for edge in found.box)
-        pixels = f", mask of {found.mask.to_array().sum()} pixels" if found.mask else ""
-        click.echo(f"{source}: {found.label} {edges} ({found.confidence:.2f}{pixels})")
+        numbers = [*(f"{edge:.1f}" for edge in found.box), f"{found.confidence:.2f}"]
+        if found.mask:
+            numbers.append(f"({found.mask.to_array().sum()} pixels)")
+        click.echo(" ".join([f"{source}: {found.label}".rstrip(), *numbers]))
     if not result.detections:
         click.echo(f"{source}: {result.text or 'nothing found'}")
     if result.finish_reason == "length":
