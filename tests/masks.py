@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-PUBLISHED = {"width": 128, "dim": 512, "channels": (128, 64, 32, 16)}
+PUBLISHED: dict[str, Any] = {"width": 128, "dim": 512, "channels": (128, 64, 32, 16)}
 """Of vae-oid.npz."""
 
 

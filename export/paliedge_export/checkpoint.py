@@ -109,6 +109,7 @@ class Checkpoint(Mapping[str, Array]):
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
+        self.config = config
         self._entries: dict[str, _Entry] = {}
         for path in _weight_files(folder):
             self._add_file(path)

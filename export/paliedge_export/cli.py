@@ -70,6 +70,14 @@ if TYPE_CHECKING:
     "'detect' those that the calibration prompts ask for. Other tasks are then refused.",
 )
 @click.option(
+    "--prompts",
+    metavar="NAME|FILE",
+    envvar="PALIEDGE_PROMPTS",
+    show_envvar=True,
+    help="The prompts that CHECKPOINT was trained with: mix, docvqa, chartqa, pope, scienceqa, ai2d, aokvqa-mc, "
+    'refcoco-seg, or a JSON file of templates such as {"answer": "{question}"}. Unless given its name decides.',
+)
+@click.option(
     "--lora",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     envvar="PALIEDGE_LORA",
@@ -117,12 +125,16 @@ def export(
     head_vocab: str | None,
     mask_decoder: Path | None,
     lora: Path | None,
+    prompts: str | None,
     max_prompt_tokens: int,
     max_new_tokens: int,
     compare: bool,
     as_json: bool,
 ) -> None:
-    """Turn CHECKPOINT, a folder or a hub id such as google/paligemma-3b-mix-224, into a bundle."""
+    """Turn CHECKPOINT, a folder or a hub id such as google/paligemma-3b-mix-224, into a bundle.
+
+    It may be big_vision's .npz, too, with PaliGemma's tokenizer.json in the same folder.
+    """
     try:
         import msgspec
 
@@ -143,6 +155,7 @@ def export(
         quantization=Quantization(calibrate, None if sensitivity is None else sensitivity / 100, head_vocab),
         mask_decoder=mask_decoder,
         lora=lora,
+        prompts=prompts,
         compare=compare,
         report=lambda line: click.echo(line, err=True),
     )

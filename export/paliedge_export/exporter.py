@@ -14,9 +14,10 @@ from pathlib import Path
 import msgspec
 
 from paliedge.errors import CheckpointError, UsageError
-from paliedge.manifest import Limits, Manifest, Precision, Tokens
+from paliedge.manifest import Limits, Manifest, Precision, Preprocess, Tokens
 from paliedge.publish import publish_bundle
 from paliedge_export.bfloat16 import emulated
+from paliedge_export.big_vision import BigVisionCheckpoint
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
 from paliedge_export.compare import (
     MAX_IMAGES,
@@ -37,7 +38,8 @@ from paliedge_export.linears import Linear, linears
 from paliedge_export.lora import Adapted
 from paliedge_export.lowering import TARGETS
 from paliedge_export.mask_decoder import find_mask_decoder, load_mask_decoder
-from paliedge_export.metadata import read_tokens
+from paliedge_export.metadata import read_preprocess, read_tokens
+from paliedge_export.prompts import choose_prompts
 from paliedge_export.reference import Reference
 from paliedge_export.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
 from paliedge_export.sensitivity import NUM_SAMPLES, LayerError, Trial, keep_worst, rank_layers
@@ -102,18 +104,20 @@ def export_bundle(
     quantization: Quantization = Quantization(),
     mask_decoder: Path | None = None,
     lora: Path | None = None,
+    prompts: str | None = None,
     compare: bool = True,
     report: Report = lambda line: None,
 ) -> Manifest:
-    """Export `checkpoint` (a folder or a hub id) as the bundle `output`, for one target or several.
+    """Export `checkpoint` (a folder, a hub id, or big_vision's .npz beside a tokenizer.json) as the bundle `output`.
 
-    All targets have one precision: fp32 for `cpu` alone, fp16 for others, unless told. int8 and int4
-    are calibrated with the fp32 graphs. The last step runs every target's graphs with ONNX Runtime
+    One bundle may serve several targets. All have one precision: fp32 for `cpu` alone, fp16 for others,
+    unless told. int8 and int4 are calibrated with the fp32 graphs. The last step runs every target's graphs with ONNX Runtime
     against a reference: transformers for fp32 where torch is installed, the fp32 graphs for any other
     precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
     returns says what was measured, and what was not compared and why. `mask_decoder` names big_vision's
     vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `lora` is the
-    folder of an adapter that is merged first. `report` gets a line a stage.
+    folder of an adapter that is merged first. `prompts` names one of `PRESETS` or a JSON file of templates;
+    unless given the checkpoint's name decides. `report` gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint, the mask decoder or the adapter cannot be read, or is no PaliGemma's.
@@ -121,8 +125,8 @@ def export_bundle(
         UsageError: `output` holds something that is no bundle, a target or the model does not take
             the precision, or there is nothing to calibrate with.
     """
-    folder = find_checkpoint(checkpoint)
-    config = read_config(folder)
+    tensors = _open_checkpoint(checkpoint, lora)
+    folder, config = tensors.folder, tensors.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
     _check_precision(config, targets, chosen)
     if quantization.sensitivity is not None and chosen not in QUANTIZED:
@@ -132,7 +136,6 @@ def export_bundle(
             action="Add --precision int8 or int4, or leave out --sensitivity.",
         )
     tokens = read_tokens(folder)
-    tensors = Adapted(folder, config, lora) if lora else Checkpoint(folder, config)
     _check_rows(tensors, tokens)
     if chosen not in QUANTIZED and _statistics_file(quantization):
         raise UsageError(
@@ -144,14 +147,39 @@ def export_bundle(
     vocabulary = None
     if quantization.head_vocabulary:
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
-    name = folder.resolve().name if Path(checkpoint).exists() else checkpoint
+    name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
     prefix = limits.prefix + config.vision.num_image_tokens
     masks_file = mask_decoder or find_mask_decoder(folder)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
-    source = Source(name, folder, config, tokens, msgspec.structs.replace(limits, prefix=prefix), vocabulary, masks)
+    source = Source(
+        name=name,
+        folder=folder,
+        config=config,
+        tokens=tokens,
+        limits=msgspec.structs.replace(limits, prefix=prefix),
+        vocabulary=vocabulary,
+        mask_decoder=masks,
+        prompts=choose_prompts(prompts, name),
+        preprocess=_read_preprocess(tensors),
+    )
     with publish_bundle(output) as staging:
         job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)
         return job.run(samples, compare=compare)
+
+
+def _open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
+    path = Path(checkpoint)
+    if path.suffix == ".npz" and path.is_file():
+        if lora:
+            raise UsageError(
+                expected="a Hugging Face checkpoint to merge an adapter into",
+                found=f"big_vision's {path.name}",
+                action="Name the checkpoint that the adapter was trained on.",
+            )
+        return BigVisionCheckpoint(path)
+    folder = find_checkpoint(checkpoint)
+    config = read_config(folder)
+    return Adapted(folder, config, lora) if lora else Checkpoint(folder, config)
 
 
 def _check_precision(config: ModelConfig, targets: Sequence[str], precision: Precision) -> None:
@@ -169,6 +197,13 @@ def _check_precision(config: ModelConfig, targets: Sequence[str], precision: Pre
             found=f"{precision}, which multiplies in fp16, in which Gemma 2 27B is known to go wrong",
             action="Export it with --precision fp32, or bf16 for TensorRT.",
         )
+
+
+def _read_preprocess(tensors: Checkpoint) -> Preprocess:
+    """What the checkpoint's own files say; big_vision has none, and resizes bilinearly."""
+    if isinstance(tensors, BigVisionCheckpoint):
+        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return read_preprocess(tensors.folder, tensors.config.vision.image_size)
 
 
 def _check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
@@ -258,6 +293,8 @@ class _Job:
 
         A quantised bundle's golden is its own, so None; so are both where there is no reference.
         """
+        if self.precision == "fp32" and isinstance(self.checkpoint, BigVisionCheckpoint):
+            return None, None
         if self.precision == "fp32":
             try:
                 self.report("running transformers to compare with")
@@ -330,7 +367,10 @@ class _Job:
         for name, target in manifest.targets.items():
             files = (target.vision_encoder.file, target.decoder.file)
             if reference is None:
-                not_compared[name] = "there was nothing to compare with: torch is not installed"
+                missing = "torch is not installed"
+                if isinstance(self.checkpoint, BigVisionCheckpoint):
+                    missing = "transformers reads no .npz"
+                not_compared[name] = f"there was nothing to compare with: {missing}"
             elif obstacle := find_obstacle(target):
                 not_compared[name] = obstacle
             elif files in done:

@@ -20,6 +20,7 @@ from paliedge.manifest import (
     Limits,
     Manifest,
     Model,
+    Preprocess,
     Producer,
     Prompts,
     Target,
@@ -38,7 +39,6 @@ from paliedge_export.graph import GraphBuilder
 from paliedge_export.head_vocabulary import HeadVocabulary
 from paliedge_export.lowering import TARGETS, Layout, Lowering
 from paliedge_export.mask_decoder import CODEBOOK, add_mask_decoder, write_mask_weights
-from paliedge_export.metadata import read_preprocess
 from paliedge_export.samples import Sample, builtin_samples
 from paliedge_export.vision_encoder import add_vision_encoder
 from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, Stored, Tensors, WeightFile, write_weights
@@ -60,6 +60,8 @@ class Source:
     limits: Limits
     vocabulary: HeadVocabulary | None
     mask_decoder: Mapping[str, Array] | None
+    prompts: Prompts
+    preprocess: Preprocess
 
     @property
     def kept_tokens(self) -> Sequence[int] | None:
@@ -108,9 +110,9 @@ def write_bundle(
         format_version=1,
         producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
         model=_describe_model(source.config),
-        preprocess=read_preprocess(source.folder, source.config.vision.image_size),
+        preprocess=source.preprocess,
         tokens=source.tokens,
-        prompts=Prompts(),
+        prompts=source.prompts,
         limits=source.limits,
         embedding=Embedding(
             file=table.file,

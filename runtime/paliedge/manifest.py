@@ -100,12 +100,19 @@ class Tokens(_Strict, frozen=True):
 
 
 class Prompts(_Strict, frozen=True):
-    """This checkpoint's prompt templates; `{labels}`, `{lang}` and `{question}` are filled in."""
+    """This checkpoint's prompt templates; `{labels}`, `{lang}`, `{question}` and `{answer}` are filled in.
+
+    `cap`, `caption` and `describe` are captions, the raw, the short and the long one; `question` asks for a
+    question that has the answer.
+    """
 
     detect: str = "detect {labels}"
     segment: str = "segment {labels}"
+    cap: str = "cap {lang}"
     caption: str = "caption {lang}"
+    describe: str = "describe {lang}"
     answer: str = "answer {lang} {question}"
+    question: str = "question {lang} {answer}"
     ocr: str = "ocr"
 
 

@@ -38,6 +38,11 @@ def find_box_request(prompt: str) -> BoxRequest | None:
     return BoxRequest("segment" if found[1] == "segment" else "detect", labels)
 
 
+def fill(template: str, **values: str) -> str:
+    """A template with its places filled in; braces in a value stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), template)
+
+
 def split_labels(text: str) -> list[str]:
     """`cat ; dog` to its labels."""
     return [label.strip() for label in text.split(";") if label.strip()]

@@ -18,12 +18,12 @@ import pytest
 import torch
 from transformers import PaliGemmaForConditionalGeneration
 
-from paliedge.manifest import Limits, Precision
+from paliedge.manifest import Limits, Precision, Prompts
 from paliedge_export.checkpoint import Checkpoint
 from paliedge_export.compare import Answers, Runner, collect_statistics
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.linears import linears
-from paliedge_export.metadata import read_tokens
+from paliedge_export.metadata import read_preprocess, read_tokens
 from paliedge_export.samples import builtin_samples
 from paliedge_export.smoothing import Smoothing, smooth, unsmoothed
 from paliedge_export.statistics import Statistics
@@ -104,7 +104,17 @@ def make_loud(model: PaliGemmaForConditionalGeneration) -> None:
 def answer(checkpoint: Path, tensors: Tensors, folder: Path, forced: Answers | None) -> tuple[Answers, Statistics]:
     """Answers of fp32 graphs of `tensors`, written to `folder`, and the statistics of their layers."""
     config, limits = read_config(checkpoint), Limits(prefix=64, new_tokens=32)
-    source = Source("loud", checkpoint, config, read_tokens(checkpoint), limits, None, None)
+    source = Source(
+        "loud",
+        checkpoint,
+        config,
+        read_tokens(checkpoint),
+        limits,
+        None,
+        None,
+        Prompts(),
+        read_preprocess(checkpoint, config.vision.image_size),
+    )
     folder.mkdir()
     encoding = Encoding("fp32")
     stored = write_all_weights(folder, source, tensors, ("cpu",), encoding)

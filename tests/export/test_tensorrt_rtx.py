@@ -18,7 +18,7 @@ from paliedge import building
 from paliedge.building import build_engine
 from paliedge.bundle import Bundle
 from paliedge.errors import BuildError
-from paliedge.flavours import load_flavour
+from paliedge.flavours import ANY_GPU, load_flavour
 from paliedge.manifest import Engine, Range
 from paliedge_export.config import read_config
 from paliedge_export.exporter import Quantization, export_bundle
@@ -77,7 +77,7 @@ def test_a_mask_decoder_of_the_published_size_is_built(tiny: Tiny, tmp_path: Pat
     )
     bundle = Bundle(tmp_path / "bundle")
     trt = load_flavour("rtx")
-    engine = building.design_engine(bundle.manifest, trt, "jetpack6", building.ANY_GPU, "any")
+    engine = building.design_engine(bundle.manifest, trt, "jetpack6", ANY_GPU, "any")
     assert building.parts_of(engine) == list(building.PARTS)
     building.run_order(
         "mask_decoder",

@@ -52,7 +52,7 @@ def push_locations(model: PaliGemma) -> PaliGemma:
         wanted = (max(allowed[0], first), min(allowed[1], last))
         return decode(cache, embeds, wanted if count[0] % 3 and wanted[0] <= wanted[1] else allowed)
 
-    session.decode = loud
+    session.decode = loud  # type: ignore[method-assign, assignment]
     return model
 
 

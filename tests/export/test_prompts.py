@@ -1,0 +1,84 @@
+"""Templates travel from the checkpoint's name, or a file, into what the model is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paliedge import PaliGemma
+from paliedge.bundle import Bundle
+from paliedge.errors import UsageError
+from paliedge.manifest import Prompts
+from paliedge.prompt import fill
+from paliedge_export.exporter import export_bundle
+from paliedge_export.prompts import PRESETS, choose_prompts
+from tests.tiny import make_tiny
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "preset"),
+    [
+        ("google/paligemma-3b-ft-docvqa-448", "docvqa"),
+        ("google/paligemma-3b-ft-refcoco-seg-896", "refcoco-seg"),
+        ("google/paligemma-3b-ft-aokvqa-mc-224", "aokvqa-mc"),
+        ("google/paligemma2-3b-ft-docci-448", "mix"),
+        ("google/paligemma-3b-ft-vqav2-448", "mix"),
+        ("google/paligemma-3b-mix-224", "mix"),
+        ("my-docvqa-model", "mix"),
+    ],
+)
+def test_a_known_fine_tune_is_known_by_its_name(checkpoint: str, preset: str) -> None:
+    assert choose_prompts(None, checkpoint) == PRESETS[preset]
+    assert choose_prompts("docvqa", checkpoint) == PRESETS["docvqa"]
+
+
+def test_a_file_says_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"ocr": "read", "detect": "find {labels}!"}))
+    assert choose_prompts(str(file), "x") == Prompts(ocr="read", detect="find {labels}!")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"detekt": "x"}', '{"detect": "find"}', '{"answer": "say"}', "no json", '{"ocr": 3}']
+)
+def test_a_file_that_cannot_be_meant_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(content)
+    with pytest.raises(UsageError):
+        choose_prompts(str(tmp_path / "prompts.json"), "x")
+    with pytest.raises(UsageError, match="docvqa"):
+        choose_prompts("docvqb", "x")
+
+
+def test_what_a_user_writes_is_taken_as_it_is() -> None:
+    assert fill("answer {lang} {question}", lang="en", question="what is {lang}?") == "answer en what is {lang}?"
+    assert fill("{labels}", labels=r"a\1 {b}") == r"a\1 {b}"
+
+
+def test_the_bundle_asks_in_the_checkpoints_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny(tmp_path / "checkpoint", "paligemma")
+    prompts = {"answer": "Q {question}", "segment": "{labels}", "describe": "tell {lang}", "question": "for {answer}?"}
+    (tmp_path / "p.json").write_text(json.dumps(prompts))
+    bundle = tmp_path / "bundle"
+    export_bundle(str(tmp_path / "checkpoint"), bundle, prompts=str(tmp_path / "p.json"), compare=False)
+    assert Bundle(bundle).manifest.prompts == Prompts(**prompts)
+    asked: list[str] = []
+    with PaliGemma.load(bundle) as model:
+        encode = model._tokenizer.encode_prefix
+
+        def note(text: str, **options: Any) -> list[int]:
+            asked.append(text)
+            return encode(text, **options)
+
+        monkeypatch.setattr(model._tokenizer, "encode_prefix", note)
+        image = np.zeros((20, 20, 3), np.uint8)
+        model.ask(image, "why?", max_new_tokens=1)
+        model.segment(image, "the left one", max_new_tokens=1)
+        model.caption(image, "de", style="describe", max_new_tokens=1)
+        model.caption(image, style="cap", max_new_tokens=1)
+        model.caption(image, max_new_tokens=1)
+        model.question(image, "two", max_new_tokens=1)
+    assert asked == ["Q why?", "the left one", "tell de", "cap en", "caption en", "for two?"]
