@@ -57,7 +57,7 @@ def measure_bundle(folder: Path, num_threads: int) -> dict[str, Any]:
         clock = _Clock()
         features = session.encode_image(pixels)
         vision = clock()
-        step = session.prefill(cache, features, embed(prompt), allowed)
+        step = session.prefill(cache, [features], embed(prompt), allowed)
         prefill, tokens, times = clock(), [step.token], []
         for token in forced:
             step = session.decode(cache, embed([token])[0], allowed)

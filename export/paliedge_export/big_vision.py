@@ -34,7 +34,7 @@ from paliedge_export.config import ModelConfig, TextConfig, VisionConfig
 
 _BLOCK = "img/Transformer/encoderblock"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
-_GEMMA2_27B_WIDTH = 4608
+GEMMA2_27B_WIDTH = 4608
 _Read = Callable[[Array], Array]
 
 
@@ -156,12 +156,12 @@ def _same(array: Array) -> Array:
 
 
 def _transposed(array: Array) -> Array:
-    return array.T
+    return np.asarray(array.T)
 
 
 def _heads(array: Array) -> Array:
     """[n, H, d] -> [n d, H]."""
-    return array.transpose(0, 2, 1).reshape(-1, array.shape[1])
+    return np.asarray(array.transpose(0, 2, 1).reshape(-1, array.shape[1]))
 
 
 def _read_dimensions(archive: _Archive) -> ModelConfig:
@@ -174,7 +174,7 @@ def _read_dimensions(archive: _Archive) -> ModelConfig:
         raise archive.broken(f"{num_patches} places of patches, which make no square")
     depth, heads, hidden, dim = archive.shape("llm/layers/attn/q_einsum/w", 4)
     second = "llm/layers/post_attention_norm/scale" in archive
-    scaled_by = hidden / heads if hidden == _GEMMA2_27B_WIDTH else dim
+    scaled_by = hidden / heads if hidden == GEMMA2_27B_WIDTH else dim
     return ModelConfig(
         family="paligemma2" if second else "paligemma",
         vision=VisionConfig(

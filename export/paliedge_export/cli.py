@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from paliedge.manifest import Manifest, Precision
 
 
+def _read_colour(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    from PIL import ImageColor
+
+    try:
+        red, green, blue = ImageColor.getrgb(value)[:3]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no colour such as black or #727272") from None
+    return red, green, blue
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.option(
@@ -100,6 +112,24 @@ if TYPE_CHECKING:
     show_envvar=True,
 )
 @click.option(
+    "--max-images",
+    type=click.IntRange(1, 16),
+    default=1,
+    show_default=True,
+    envvar="PALIEDGE_EXPORT_MAX_IMAGES",
+    show_envvar=True,
+    help="Of one prompt, such as two pictures to compare or frames of a video; each takes room in the KV cache.",
+)
+@click.option(
+    "--letterbox",
+    metavar="COLOUR",
+    callback=_read_colour,
+    envvar="PALIEDGE_EXPORT_LETTERBOX",
+    show_envvar=True,
+    help="For a fine-tune that was trained on letterboxed pictures: pad them with COLOUR (black, #727272) instead of "
+    "squashing them; boxes are mapped back.",
+)
+@click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=256,
@@ -127,6 +157,8 @@ def export(
     lora: Path | None,
     prompts: str | None,
     max_prompt_tokens: int,
+    max_images: int,
+    letterbox: tuple[int, int, int] | None,
     max_new_tokens: int,
     compare: bool,
     as_json: bool,
@@ -156,6 +188,8 @@ def export(
         mask_decoder=mask_decoder,
         lora=lora,
         prompts=prompts,
+        max_images=max_images,
+        letterbox=letterbox,
         compare=compare,
         report=lambda line: click.echo(line, err=True),
     )

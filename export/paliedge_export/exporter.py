@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from paliedge.errors import CheckpointError, UsageError
-from paliedge.manifest import Limits, Manifest, Precision, Preprocess, Tokens
+from paliedge.errors import UsageError
+from paliedge.manifest import Limits, Manifest, Precision
 from paliedge.publish import publish_bundle
 from paliedge_export.bfloat16 import emulated
 from paliedge_export.big_vision import BigVisionCheckpoint
-from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
+from paliedge_export.checkpoint import Checkpoint
 from paliedge_export.compare import (
     MAX_IMAGES,
     Answers,
@@ -30,15 +30,14 @@ from paliedge_export.compare import (
     find_obstacle,
     ignore_outputs,
 )
-from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.golden import GOLDEN, write_golden
 from paliedge_export.head_vocabulary import choose_head_vocabulary
-from paliedge_export.hub import find_checkpoint
 from paliedge_export.linears import Linear, linears
 from paliedge_export.lora import Adapted
 from paliedge_export.lowering import TARGETS
 from paliedge_export.mask_decoder import find_mask_decoder, load_mask_decoder
-from paliedge_export.metadata import read_preprocess, read_tokens
+from paliedge_export.metadata import read_tokens
+from paliedge_export.opening import check_precision, check_rows, open_checkpoint, preprocess_of
 from paliedge_export.prompts import choose_prompts
 from paliedge_export.reference import Reference
 from paliedge_export.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
@@ -51,7 +50,6 @@ from paliedge_export.writer import Source, StoredByLayout, add_files, write_all_
 DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
 """Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
 REPORT = "precision_report.json"
-_GEMMA2_27B_WIDTH = 4608
 _FP32_GRAPHS = "its fp32 graphs"
 _ENOUGH_TO_CALIBRATE = 32
 
@@ -105,19 +103,22 @@ def export_bundle(
     mask_decoder: Path | None = None,
     lora: Path | None = None,
     prompts: str | None = None,
+    max_images: int = 1,
+    letterbox: tuple[int, int, int] | None = None,
     compare: bool = True,
     report: Report = lambda line: None,
 ) -> Manifest:
     """Export `checkpoint` (a folder, a hub id, or big_vision's .npz beside a tokenizer.json) as the bundle `output`.
 
     One bundle may serve several targets. All have one precision: fp32 for `cpu` alone, fp16 for others,
-    unless told. int8 and int4 are calibrated with the fp32 graphs. The last step runs every target's graphs with ONNX Runtime
-    against a reference: transformers for fp32 where torch is installed, the fp32 graphs for any other
-    precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
+    unless told. int8 and int4 are calibrated with the fp32 graphs. The last step runs every target's graphs
+    with ONNX Runtime against a reference: transformers for fp32 where torch is installed, the fp32 graphs for
+    any other precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
     returns says what was measured, and what was not compared and why. `mask_decoder` names big_vision's
     vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `lora` is the
     folder of an adapter that is merged first. `prompts` names one of `PRESETS` or a JSON file of templates;
-    unless given the checkpoint's name decides. `report` gets a line a stage.
+    unless given the checkpoint's name decides. A request may have `max_images` images. With
+    `letterbox`, a colour, pictures are not squashed but padded with it. `report` gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint, the mask decoder or the adapter cannot be read, or is no PaliGemma's.
@@ -125,10 +126,10 @@ def export_bundle(
         UsageError: `output` holds something that is no bundle, a target or the model does not take
             the precision, or there is nothing to calibrate with.
     """
-    tensors = _open_checkpoint(checkpoint, lora)
+    tensors = open_checkpoint(checkpoint, lora)
     folder, config = tensors.folder, tensors.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
-    _check_precision(config, targets, chosen)
+    check_precision(config, targets, chosen)
     if quantization.sensitivity is not None and chosen not in QUANTIZED:
         raise UsageError(
             expected="int8 or int4, whose layers can be ranked by their error",
@@ -136,7 +137,7 @@ def export_bundle(
             action="Add --precision int8 or int4, or leave out --sensitivity.",
         )
     tokens = read_tokens(folder)
-    _check_rows(tensors, tokens)
+    check_rows(tensors, tokens)
     if chosen not in QUANTIZED and _statistics_file(quantization):
         raise UsageError(
             expected=f"a folder of images for --calibrate with {chosen}, which needs no statistics",
@@ -148,7 +149,7 @@ def export_bundle(
     if quantization.head_vocabulary:
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
-    prefix = limits.prefix + config.vision.num_image_tokens
+    prefix = limits.prefix + max_images * config.vision.num_image_tokens
     masks_file = mask_decoder or find_mask_decoder(folder)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
     source = Source(
@@ -160,60 +161,11 @@ def export_bundle(
         vocabulary=vocabulary,
         mask_decoder=masks,
         prompts=choose_prompts(prompts, name),
-        preprocess=_read_preprocess(tensors),
+        preprocess=msgspec.structs.replace(preprocess_of(tensors), letterbox=letterbox),
     )
     with publish_bundle(output) as staging:
         job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)
         return job.run(samples, compare=compare)
-
-
-def _open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
-    path = Path(checkpoint)
-    if path.suffix == ".npz" and path.is_file():
-        if lora:
-            raise UsageError(
-                expected="a Hugging Face checkpoint to merge an adapter into",
-                found=f"big_vision's {path.name}",
-                action="Name the checkpoint that the adapter was trained on.",
-            )
-        return BigVisionCheckpoint(path)
-    folder = find_checkpoint(checkpoint)
-    config = read_config(folder)
-    return Adapted(folder, config, lora) if lora else Checkpoint(folder, config)
-
-
-def _check_precision(config: ModelConfig, targets: Sequence[str], precision: Precision) -> None:
-    for name in targets:
-        if precision not in TARGETS[name].precisions:
-            raise UsageError(
-                expected=f"{' or '.join(TARGETS[name].precisions)} for the target '{name}'",
-                found=precision,
-                action="Name another --precision, or export this target into a bundle of its own.",
-            )
-    has_fp16 = precision == "fp16" or (precision in QUANTIZED and set(targets) != {"cpu"})
-    if has_fp16 and config.text.hidden_size >= _GEMMA2_27B_WIDTH:
-        raise UsageError(
-            expected="a precision with the range of float32 for PaliGemma 2 28B",
-            found=f"{precision}, which multiplies in fp16, in which Gemma 2 27B is known to go wrong",
-            action="Export it with --precision fp32, or bf16 for TensorRT.",
-        )
-
-
-def _read_preprocess(tensors: Checkpoint) -> Preprocess:
-    """What the checkpoint's own files say; big_vision has none, and resizes bilinearly."""
-    if isinstance(tensors, BigVisionCheckpoint):
-        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return read_preprocess(tensors.folder, tensors.config.vision.image_size)
-
-
-def _check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
-    for name in (EMBED_TOKENS, LM_HEAD):
-        if name in tensors and tensors.shape(name)[0] < tokens.vocab_size:
-            raise CheckpointError(
-                expected=f"a row of '{name}' for each of the tokenizer's {tokens.vocab_size} tokens",
-                found=f"{tensors.shape(name)[0]} rows",
-                action="Take tokenizer.json from the checkpoint that yours was trained from.",
-            )
 
 
 def _statistics_file(quantization: Quantization) -> Path | None:
@@ -298,7 +250,7 @@ class _Job:
         if self.precision == "fp32":
             try:
                 self.report("running transformers to compare with")
-                transformers = Reference(self.source.folder)
+                transformers = Reference(self.source.folder, self.source.preprocess)
                 if isinstance(self.checkpoint, Adapted):
                     transformers.replace_weights(self.checkpoint, self.checkpoint.changed)
             except ModuleNotFoundError:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from paliedge.manifest import Preprocess
+from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
 from paliedge_export.checkpoint import Array, canonical_name
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 class Reference:
     """A checkpoint as transformers runs it; the pixels are its own processor's, the prompt's ids are ours.
 
+    Its processor knows no letterbox: then it gets the square.
+
     Raises:
         ModuleNotFoundError: torch or transformers is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, preprocess: Preprocess) -> None:
         import torch
         import transformers
         from transformers import PaliGemmaForConditionalGeneration
@@ -45,6 +49,8 @@ class Reference:
             self._processor = SiglipImageProcessorPil(
                 size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
             )
+        size = self._model.config.vision_config.image_size
+        self._fit = Preprocessor(preprocess, size).fit if preprocess.letterbox else None
         self._tokens = read_tokens(folder)
         self._tokenizer = PromptTokenizer(folder / "tokenizer.json", self._tokens)
 
@@ -62,7 +68,8 @@ class Reference:
 
         found = Answers(self._name)
         for sample in samples:
-            pixels = self._processor([sample.image], return_tensors="pt").pixel_values
+            picture = self._fit(sample.image) if self._fit else sample.image
+            pixels = self._processor([picture], return_tensors="pt").pixel_values
             with torch.no_grad():
                 features = self._model.get_image_features(pixels).pooler_output[0].numpy()
             found.features.append(features)

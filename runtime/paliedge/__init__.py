@@ -13,18 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from paliedge.answering import EncodedImage, Piece
     from paliedge.errors import PaliEdgeError
     from paliedge.locations import Detection
     from paliedge.masks import Mask
-    from paliedge.model import EncodedImage, PaliGemma, Piece
+    from paliedge.model import PaliGemma
     from paliedge.results import Generation, Timings
+    from paliedge.views import Boxes, Masks
 
 __version__ = "0.1.0"
 __all__ = [
+    "Boxes",
     "Detection",
     "EncodedImage",
     "Generation",
     "Mask",
+    "Masks",
     "PaliEdgeError",
     "PaliGemma",
     "Piece",
@@ -33,13 +37,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Boxes": "views",
     "Detection": "locations",
-    "EncodedImage": "model",
+    "EncodedImage": "answering",
     "Generation": "results",
     "Mask": "masks",
+    "Masks": "views",
     "PaliEdgeError": "errors",
     "PaliGemma": "model",
-    "Piece": "model",
+    "Piece": "answering",
     "Timings": "results",
 }
 

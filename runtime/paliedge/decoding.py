@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from paliedge.constraints import Choice, Rule
@@ -22,7 +22,7 @@ class GeneratedToken(NamedTuple):
 def decode_greedily(
     session: Session[CacheT, FeaturesT],
     cache: CacheT,
-    image_features: FeaturesT,
+    image_features: Sequence[FeaturesT],
     prompt_embeds: FloatArray,
     embed: Callable[[int], FloatArray],
     *,
@@ -33,7 +33,7 @@ def decode_greedily(
     """Yield tokens up to and including `eos`, at most `max_new_tokens`; the first one is prefill's.
 
     Args:
-        image_features: what the session's vision encoder gave.
+        image_features: what the session's vision encoder gave for each image.
         prompt_embeds: [S, H].
         embed: the embedding [H] of a token id.
         rule: what may be chosen, from token to token.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from paliedge.manifest import CODES_PER_MASK, Tokens
 from paliedge.masks import Mask
+from paliedge.preprocess import WHOLE, Frame
 
 _SEPARATOR = re.compile(r"\s;")
 
@@ -62,9 +63,10 @@ def parse_locations(
     tokens: Tokens,
     decode: Callable[[Sequence[int]], str],
     image_wh: tuple[int, int],
+    frame: Frame = WHOLE,
 ) -> ParsedLocations:
     """Read the boxes of an answer, see `LocationParser`; `log_probs` has one entry a token."""
-    parser = LocationParser(tokens, decode, image_wh)
+    parser = LocationParser(tokens, decode, image_wh, frame)
     detections: list[Detection] = []
     for token, log_prob in zip(token_ids, log_probs, strict=True):
         detections += parser.push(token, log_prob)
@@ -88,16 +90,24 @@ class LocationParser:
         tokens: the bundle's token ids.
         decode: text of some ids.
         image_wh: width and height in pixels that the boxes refer to.
+        frame: where the image lies in the square; boxes are cut to it, and one that is all beside it is malformed.
 
     Attributes:
         num_malformed: location and segmentation groups so far that are no box or no mask.
     """
 
-    def __init__(self, tokens: Tokens, decode: Callable[[Sequence[int]], str], image_wh: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        decode: Callable[[Sequence[int]], str],
+        image_wh: tuple[int, int],
+        frame: Frame = WHOLE,
+    ) -> None:
         self.num_malformed = 0
         self._tokens = tokens
         self._decode = decode
         self._image_wh = image_wh
+        self._frame = frame
         self._bins: list[int] = []
         self._codes: list[int] = []
         self._text: list[int] = []
@@ -135,20 +145,26 @@ class LocationParser:
             codes = []
         found = []
         for start in range(0, len(bins), 4):
-            y1, x1, y2, x2 = bins[start : start + 4]
-            if y1 >= y2 or x1 >= x2:
+            box = self._box_in_image(bins[start : start + 4])
+            if box is None:
                 self.num_malformed += 1
-            elif start + 4 < len(bins):
-                found.append(self._detection((x1, y1, x2, y2), log_probs[start : start + 4]))
+                continue
+            is_last, (width, height) = start + 4 == len(bins), self._image_wh
+            x1, y1, x2, y2 = box
+            pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
+            if is_last:
+                found.append(Detection(label, pixels, box, log_probs[start:], tuple(codes)))
             else:
-                last = self._detection((x1, y1, x2, y2), log_probs[start:])
-                found.append(last._replace(label=label, mask_codes=tuple(codes)))
+                found.append(Detection("", pixels, box, log_probs[start : start + 4]))
         return found
 
-    def _detection(self, bins: tuple[int, int, int, int], log_probs: tuple[float, ...]) -> Detection:
-        x1, y1, x2, y2 = (place / (self._tokens.num_locations - 1) for place in bins)
-        width, height = self._image_wh
-        return Detection("", (x1 * width, y1 * height, x2 * width, y2 * height), (x1, y1, x2, y2), log_probs)
+    def _box_in_image(self, bins: Sequence[int]) -> tuple[float, float, float, float] | None:
+        """Four bins as edges x1, y1, x2, y2 from 0 to 1 of the image; None where they are no box in it."""
+        y1, x1, y2, x2 = (place / (self._tokens.num_locations - 1) for place in bins)
+        left, top, right, bottom = self._frame
+        x1, x2 = (min(max((x - left) / (right - left), 0.0), 1.0) for x in (x1, x2))
+        y1, y2 = (min(max((y - top) / (bottom - top), 0.0), 1.0) for y in (y1, y2))
+        return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def location_tokens_from_box(

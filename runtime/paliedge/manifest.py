@@ -15,6 +15,7 @@ MANIFEST = "bundle.json"
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Flavour = Literal["tensorrt", "rtx"]
@@ -77,11 +78,16 @@ class Model(_Strict, frozen=True):
 
 
 class Preprocess(_Strict, frozen=True):
-    """Resize to the square by `resample`, then (value / 255 - mean) / std, channels first."""
+    """Resize to the square by `resample`, then (value / 255 - mean) / std, channels first.
+
+    With `letterbox` the picture keeps its proportions, in the middle of a square of that colour (red, green,
+    blue); without it it is squashed, as PaliGemma itself was trained.
+    """
 
     resample: Literal["bicubic", "bilinear"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    letterbox: tuple[Byte, Byte, Byte] | None = None
 
 
 class Tokens(_Strict, frozen=True):

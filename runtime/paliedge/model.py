@@ -5,80 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
+from paliedge.answering import Answerer, EncodedImage, Piece, Request
 from paliedge.backends import BackendOptions, open_session
 from paliedge.bundle import Bundle
 from paliedge.constraints import BoxRule, Rule, anything
-from paliedge.decoding import GeneratedToken, decode_greedily
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import UsageError
 from paliedge.images import ImageSource, load_image
-from paliedge.locations import Detection, LocationParser, parse_locations
 from paliedge.manifest import Vocabulary
-from paliedge.masks import Mask
 from paliedge.preprocess import Preprocessor
-from paliedge.prompt import BoxRequest, BoxTask, PromptTokenizer, find_box_request, split_labels
-from paliedge.results import DeviceTimings, FinishReason, Generation, Timings
+from paliedge.prompt import BoxRequest, BoxTask, PromptTokenizer, fill, find_box_request, split_labels
+from paliedge.results import Generation
 from paliedge.session import Session
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
 """A small PaliGemma that knows coloured shapes and printed words."""
 DEFAULT_OPTIONS = BackendOptions()
+Images: TypeAlias = "ImageSource | EncodedImage | Sequence[ImageSource | EncodedImage]"
+CaptionStyle = Literal["caption", "cap", "describe"]
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """What the vision encoder made of an image; good for any number of prompts.
-
-    Attributes:
-        features: [N, H] float32, an array or where the engine that made them keeps them.
-        image_wh: width and height of the image in pixels.
-        preprocess_ms: decoding, resizing and normalising.
-        vision_ms: the vision encoder.
-    """
-
-    features: Any
-    image_wh: tuple[int, int]
-    preprocess_ms: float
-    vision_ms: float
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One streamed token.
-
-    Attributes:
-        text: what it adds to the answer; empty while a character is incomplete, and at end-of-sequence.
-        token_id: its id.
-        log_prob: natural logarithm of its probability among all tokens.
-        detections: those whose last token is known now.
-        finish_reason: of the last piece, see `Generation`.
-    """
-
-    text: str
-    token_id: int
-    log_prob: float
-    detections: tuple[Detection, ...] = ()
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is to be answered; `prefix` are the prompt's ids."""
-
-    image: EncodedImage
-    prefix: list[int]
-    rule: Rule
-    max_new_tokens: int
-    reused: bool
 
 
 class PaliGemma:
@@ -95,8 +44,7 @@ class PaliGemma:
         self._session = session
         self._tokenizer = PromptTokenizer(bundle.path(manifest.tokenizer), manifest.tokens)
         self._preprocess = Preprocessor(manifest.preprocess, manifest.model.vision.image_size)
-        self._embed = EmbeddingTable(bundle)
-        self._idle_caches = [session.new_cache()]
+        self._answerer = Answerer(session, manifest.tokens, self._tokenizer, EmbeddingTable(bundle))
 
     @classmethod
     def load(
@@ -143,7 +91,7 @@ class PaliGemma:
 
     def close(self) -> None:
         """Give back what the engine holds; for a GPU whose memory others want. Nothing works afterwards."""
-        self._idle_caches.clear()
+        self._answerer.close()
         self._session.close()
 
     def encode(self, image: ImageSource, *, bgr: bool = False) -> EncodedImage:
@@ -159,11 +107,11 @@ class PaliGemma:
         features = self._session.encode_image(pixel_values)
         encoded = time.perf_counter()
         times = ((preprocessed - started) * 1000, (encoded - preprocessed) * 1000)
-        return EncodedImage(features, picture.size, *times)
+        return EncodedImage(features, picture.size, *times, picture, self._preprocess.frame(picture.size))
 
     def generate(
         self,
-        image: ImageSource | EncodedImage,
+        image: Images,
         prompt: str,
         *,
         max_new_tokens: int | None = None,
@@ -178,7 +126,8 @@ class PaliGemma:
         with masks; see `BoxRule`.
 
         Args:
-            image: a path, the bytes of a file, PIL, a uint8 array, or an EncodedImage.
+            image: a path, the bytes of a file, PIL, a uint8 array, or an EncodedImage; or a list of them, such as
+                the frames of a video, for a bundle that was exported with --max-images. Boxes refer to the first.
             prompt: in PaliGemma's own words, such as `caption en`.
             max_new_tokens: where to stop at the latest; the bundle's limit unless given.
             location_tokens: `<locNNNN>` and `<segNNN>` in the prompt are tokens, not text.
@@ -192,13 +141,11 @@ class PaliGemma:
                 head cannot answer the prompt.
         """
         rule = self._rule(find_box_request(prompt), free, only_asked)
-        request = self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr)
-        with self._decode(request) as steps:
-            return self._collect(list(steps), request)
+        return self._answerer.answer(self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr))
 
     def stream(
         self,
-        image: ImageSource | EncodedImage,
+        image: Images,
         prompt: str,
         *,
         max_new_tokens: int | None = None,
@@ -213,11 +160,11 @@ class PaliGemma:
         together are its detections.
         """
         rule = self._rule(find_box_request(prompt), free, only_asked)
-        return self._stream(self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr))
+        return self._answerer.stream(self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr))
 
     def detect(
         self,
-        image: ImageSource | EncodedImage,
+        image: Images,
         labels: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
@@ -236,7 +183,7 @@ class PaliGemma:
 
     def segment(
         self,
-        image: ImageSource | EncodedImage,
+        image: Images,
         labels: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
@@ -255,19 +202,23 @@ class PaliGemma:
 
     def caption(
         self,
-        image: ImageSource | EncodedImage,
+        image: Images,
         lang: str = "en",
         *,
+        style: CaptionStyle = "caption",
         max_new_tokens: int | None = None,
         bgr: bool = False,
     ) -> Generation:
-        """Describe the image in one sentence; `lang` is a language code."""
-        prompt = self.manifest.prompts.caption.replace("{lang}", lang)
+        """Describe the image in one sentence; `lang` is a language code.
+
+        The styles "cap" and "describe" are those of pre-trained checkpoints: as raw as on the web, and longer.
+        """
+        prompt = fill(getattr(self.manifest.prompts, style), lang=lang)
         return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def ask(
         self,
-        image: ImageSource | EncodedImage,
+        image: Images,
         question: str,
         lang: str = "en",
         *,
@@ -275,19 +226,30 @@ class PaliGemma:
         bgr: bool = False,
     ) -> Generation:
         """Answer a question about the image."""
-        prompt = self.manifest.prompts.answer.replace("{lang}", lang).replace("{question}", question)
+        prompt = fill(self.manifest.prompts.answer, lang=lang, question=question)
         return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
-    def ocr(
-        self, image: ImageSource | EncodedImage, *, max_new_tokens: int | None = None, bgr: bool = False
+    def question(
+        self,
+        image: Images,
+        answer: str,
+        lang: str = "en",
+        *,
+        max_new_tokens: int | None = None,
+        bgr: bool = False,
     ) -> Generation:
+        """Ask the question about the image that has this answer; a task of pre-trained checkpoints."""
+        prompt = fill(self.manifest.prompts.question, lang=lang, answer=answer)
+        return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
+
+    def ocr(self, image: Images, *, max_new_tokens: int | None = None, bgr: bool = False) -> Generation:
         """Read the text in the image."""
         return self.generate(image, self.manifest.prompts.ocr, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def _find(
         self,
         task: BoxTask,
-        image: ImageSource | EncodedImage,
+        image: Images,
         labels: str | Sequence[str],
         free: bool,
         only_asked: bool,
@@ -300,9 +262,9 @@ class PaliGemma:
         text = labels if isinstance(labels, str) else " ; ".join(labels)
         template: str = getattr(self.manifest.prompts, task)
         rule = self._rule(BoxRequest(task, asked), free, only_asked)
-        request = self._prepare(image, template.replace("{labels}", text), rule, max_new_tokens, True, bgr)
-        with self._decode(request) as steps:
-            return self._collect(list(steps), request)
+        return self._answerer.answer(
+            self._prepare(image, fill(template, labels=text), rule, max_new_tokens, location_tokens=True, bgr=bgr)
+        )
 
     def _rule(self, asked: BoxRequest | None, free: bool, only_asked: bool) -> Rule:
         tokens = self.manifest.tokens
@@ -321,14 +283,14 @@ class PaliGemma:
 
     def _prepare(
         self,
-        image: ImageSource | EncodedImage,
+        images: Images,
         prompt: str,
         rule: Rule,
         max_new_tokens: int | None,
         location_tokens: bool,
         bgr: bool,
-    ) -> _Request:
-        """Check everything that can be wrong, then encode the image."""
+    ) -> Request:
+        """Check everything that can be wrong, then encode the images."""
         limits = self.manifest.limits
         limit = limits.new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= limits.new_tokens:
@@ -340,15 +302,22 @@ class PaliGemma:
         if self.manifest.vocabulary:
             self._check_task(prompt, self.manifest.vocabulary)
         prefix = self._tokenizer.encode_prefix(prompt, location_tokens=location_tokens)
-        room = limits.prefix - self.manifest.model.vision.num_image_tokens
-        if len(prefix) > room:
+        sources = _as_list(images)
+        room = limits.prefix - len(sources) * self.manifest.model.vision.num_image_tokens
+        if len(prefix) > room or not sources:
             raise UsageError(
-                expected=f"a prompt of at most {room} tokens",
-                found=f"{len(prefix)}",
-                action="Shorten it, or export the checkpoint again with --max-prompt-tokens.",
+                expected=f"images and a prompt of at most {limits.prefix} tokens together, one image at least",
+                found=f"{len(sources)} images and a prompt of {len(prefix)} tokens, for which {max(room, 0)} are left",
+                action="Shorten it, or export the checkpoint again with --max-prompt-tokens or --max-images.",
             )
-        if not isinstance(image, EncodedImage):
-            return _Request(self.encode(image, bgr=bgr), prefix, rule, limit, reused=False)
+        for source in sources:
+            if isinstance(source, EncodedImage):
+                self._check_features(source)
+        encoded = [source if isinstance(source, EncodedImage) else self.encode(source, bgr=bgr) for source in sources]
+        fresh = [one for one, source in zip(encoded, sources, strict=True) if one is not source]
+        return Request(tuple(encoded), tuple(fresh), prefix, rule, limit)
+
+    def _check_features(self, image: EncodedImage) -> None:
         shape = (self.manifest.model.vision.num_image_tokens, self.manifest.model.text.hidden_size)
         if image.features.shape != shape:
             raise UsageError(
@@ -356,7 +325,6 @@ class PaliGemma:
                 found=f"an image that another model encoded, {list(image.features.shape)}",
                 action="Encode the image with the model that answers.",
             )
-        return _Request(image, prefix, rule, limit, reused=True)
 
     def _check_task(self, prompt: str, vocabulary: Vocabulary) -> None:
         """Refuse what a reduced head cannot say: other tasks, other labels."""
@@ -370,83 +338,13 @@ class PaliGemma:
                 action="Ask for one of them (`paliedge info` lists all), or export without --head-vocab.",
             )
 
-    @contextmanager
-    def _decode(self, request: _Request) -> Iterator[Iterator[GeneratedToken]]:
-        """Decode with a cache that is nobody else's meanwhile and goes back afterwards."""
-        try:
-            cache = self._idle_caches.pop()
-        except IndexError:
-            cache = self._session.new_cache()
-        try:
-            yield decode_greedily(
-                self._session,
-                cache,
-                request.image.features,
-                self._embed(request.prefix),
-                lambda token: self._embed([token])[0],
-                eos=self.manifest.tokens.eos,
-                rule=request.rule,
-                max_new_tokens=request.max_new_tokens,
-            )
-        finally:
-            self._idle_caches.append(cache)
 
-    def _stream(self, request: _Request) -> Iterator[Piece]:
-        decoder, image_wh = self._tokenizer.decode_stream(), request.image.image_wh
-        parser = LocationParser(self.manifest.tokens, self._tokenizer.decode, image_wh)
-        with self._decode(request) as steps:
-            for count, step in enumerate(steps, 1):
-                if step.token == self.manifest.tokens.eos:
-                    last = self._with_masks(parser.finish(), image_wh)
-                    yield Piece("", step.token, step.log_prob, last, "stop")
-                    return
-                done, is_last = parser.push(step.token, step.log_prob), count == request.max_new_tokens
-                found = self._with_masks([*done, *(parser.finish() if is_last else ())], image_wh)
-                yield Piece(decoder(step.token), step.token, step.log_prob, found, "length" if is_last else None)
-
-    def _with_masks(self, detections: Sequence[Detection], image_wh: tuple[int, int]) -> tuple[Detection, ...]:
-        """The detections, their masks decoded if the bundle has what decodes them."""
-        coded = [item.mask_codes for item in detections if item.mask_codes]
-        if not coded or not self._session.has_mask_decoder:
-            return tuple(detections)
-        values = iter(self._session.decode_masks(np.array(coded, np.int64)))
-        return tuple(
-            item._replace(mask=Mask(next(values), item.box, image_wh)) if item.mask_codes else item
-            for item in detections
-        )
-
-    def _collect(self, steps: list[GeneratedToken], request: _Request) -> Generation:
-        stopped = steps[-1].token == self.manifest.tokens.eos
-        kept = steps[:-1] if stopped else steps
-        ids, log_probs = tuple(step.token for step in kept), tuple(step.log_prob for step in kept)
-        image, reused = request.image, request.reused
-        parsed = parse_locations(ids, log_probs, self.manifest.tokens, self._tokenizer.decode, image.image_wh)
-        return Generation(
-            text=self._tokenizer.decode(ids),
-            token_ids=ids,
-            log_probs=log_probs,
-            detections=self._with_masks(parsed.detections, image.image_wh),
-            num_malformed=parsed.num_malformed,
-            image_wh=image.image_wh,
-            finish_reason="stop" if stopped else "length",
-            timings=Timings(
-                preprocess_ms=0.0 if reused else image.preprocess_ms,
-                vision_ms=0.0 if reused else image.vision_ms,
-                prefill_ms=steps[0].ms,
-                decode_ms=tuple(step.ms for step in steps[1:]),
-                device=_device_timings(steps, image, reused=reused),
-            ),
-        )
+def _as_list(images: Images) -> list[ImageSource | EncodedImage]:
+    if isinstance(images, list | tuple):
+        return list(images)
+    return [images]  # type: ignore[list-item]  # no other sequence: a str is a path, an array a picture
 
 
 def _some(labels: Sequence[str]) -> str:
     more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
     return ", ".join(labels[:8]) + more
-
-
-def _device_timings(steps: list[GeneratedToken], image: EncodedImage, *, reused: bool) -> DeviceTimings | None:
-    times = [step.device_ms for step in steps if step.device_ms is not None]
-    if len(times) < len(steps):
-        return None
-    vision_ms = 0.0 if reused else getattr(image.features, "device_ms", 0.0)
-    return DeviceTimings(vision_ms, times[0], tuple(times[1:]))

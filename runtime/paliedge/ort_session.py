@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -129,8 +130,10 @@ class OrtSession:
     def close(self) -> None:
         del self._vision, self._decoder, self._masks
 
-    def prefill(self, cache: OrtCache, image_features: FloatArray, prompt_embeds: FloatArray, allowed: IdRange) -> Step:
-        inputs_embeds = np.concatenate([image_features, prompt_embeds])[None]
+    def prefill(
+        self, cache: OrtCache, image_features: Sequence[FloatArray], prompt_embeds: FloatArray, allowed: IdRange
+    ) -> Step:
+        inputs_embeds = np.concatenate([*image_features, prompt_embeds])[None]
         length = inputs_embeds.shape[1]
         position_ids = np.arange(1, length + 1)[None]
         cache.length = length

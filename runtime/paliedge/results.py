@@ -1,11 +1,22 @@
-"""What the model answers, with the times it took."""
+"""What the model answers, with the times it took, and the forms in which users want it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
+from paliedge.errors import MissingExtraError, OutputError, UsageError
 from paliedge.locations import Detection
+from paliedge.views import Boxes, Masks, boxes_from_detections, masks_from_detections, yolo_lines
 
 FinishReason = Literal["stop", "length"]
 
@@ -42,7 +53,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer.
+    """One answer. Its properties and methods beyond the attributes have the names of Ultralytics' results.
 
     Attributes:
         text: the answer; location tokens are spelled out.
@@ -53,6 +64,7 @@ class Generation:
         image_wh: width and height in pixels that the boxes refer to.
         finish_reason: "stop" at end-of-sequence, "length" at the token limit.
         timings: milliseconds by stage.
+        image: the picture that was asked about, for `plot`; held as long as the answer is.
     """
 
     text: str
@@ -63,6 +75,111 @@ class Generation:
     image_wh: tuple[int, int]
     finish_reason: FinishReason
     timings: Timings
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The labels by class index, in the order in which they first appear in this answer."""
+        return dict(enumerate(dict.fromkeys(item.label for item in self.detections)))
+
+    @property
+    def orig_shape(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        return self.image_wh[1], self.image_wh[0]
+
+    @cached_property
+    def boxes(self) -> Boxes:
+        """The detections' boxes as arrays."""
+        return boxes_from_detections(self.detections, self._classes(), self.orig_shape)
+
+    @cached_property
+    def masks(self) -> Masks | None:
+        """The detections' masks as arrays; None where no detection has one."""
+        return masks_from_detections(self.detections, self.orig_shape)
+
+    @property
+    def speed(self) -> dict[str, float]:
+        """Milliseconds: `preprocess`, `inference` (its parts are `vision`, `prefill`, `decode`) and `postprocess`.
+
+        `postprocess` is always 0: reading boxes from tokens is not timed.
+        """
+        times = self.timings
+        parts = {"vision": times.vision_ms, "prefill": times.prefill_ms, "decode": sum(times.decode_ms)}
+        return {"preprocess": times.preprocess_ms, "inference": sum(parts.values()), "postprocess": 0.0, **parts}
+
+    def plot(self) -> Image.Image:
+        """A copy of the picture with boxes and masks drawn in, or with the text below it; small ones are enlarged.
+
+        Raises:
+            UsageError: the answer holds no picture.
+        """
+        from paliedge.draw import draw_answer, draw_detections
+
+        if self.image is None:
+            raise UsageError(
+                expected="an answer that holds its picture",
+                found="one without",
+                action="Add it first: dataclasses.replace(answer, image=load_image(path)).plot().",
+            )
+        return draw_detections(self.image, self.detections) if self.detections else draw_answer(self.image, self.text)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `plot()`; the name's ending says in which format. Folders are made. Returns the path.
+
+        Raises:
+            UsageError: the answer holds no picture, or the name ends in no format that Pillow writes.
+            OutputError: it cannot be written.
+        """
+        path, picture = Path(path), self.plot()
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+            raise UsageError(
+                expected="a name that ends in .png, .jpg or another format that Pillow writes",
+                found=f"{path.name}",
+                action="Name it with such an ending.",
+            )
+        with writing(path):
+            picture.save(path)
+        return path
+
+    def save_txt(self, path: str | Path, *, save_conf: bool = False) -> Path:
+        """Write the detections as a YOLO label file, see `paliedge.views.yolo_lines`. Returns the path.
+
+        Raises:
+            MissingExtraError: there is a mask, and contourpy is not installed.
+            OutputError: it cannot be written.
+        """
+        lines = yolo_lines(self.detections, self._classes(), self.image_wh, with_confidence=save_conf)
+        path = Path(path)
+        with writing(path):
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    def to_json(self) -> str:
+        """`to_dict()` as one line of JSON, as `--json` prints it."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_supervision(self) -> Any:
+        """The detections as `supervision.Detections`; where only some have masks, the others' are empty.
+
+        Raises:
+            MissingExtraError: supervision is not installed.
+        """
+        try:
+            supervision = import_module("supervision")
+        except ModuleNotFoundError:
+            raise MissingExtraError(
+                expected="supervision, for its Detections",
+                found="no such package",
+                action="Run `pip install supervision`.",
+            ) from None
+        boxes, masks = self.boxes, None
+        if self.masks:
+            masks = np.zeros((len(boxes), *self.orig_shape), np.bool_)
+            masks[self.masks.index] = self.masks.data
+        labels = np.array([item.label for item in self.detections], np.str_)
+        return supervision.Detections(
+            xyxy=boxes.xyxy, mask=masks, confidence=boxes.conf, class_id=boxes.cls, data={"class_name": labels}
+        )
 
     def above(self, confidence: float) -> Generation:
         """The same answer with only the detections of at least this confidence."""
@@ -97,3 +214,21 @@ class Generation:
                 "device": asdict(self.timings.device) if self.timings.device else None,
             },
         }
+
+    def _classes(self) -> list[int]:
+        places = {label: place for place, label in self.names.items()}
+        return [places[item.label] for item in self.detections]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes the folder of `path`; an error of the file system in the block is an OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(
+            expected=f"to write {path}",
+            found=error.strerror or "an error of the file system",
+            action="Name another folder (--save), or make room.",
+        ) from None

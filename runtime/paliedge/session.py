@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -51,8 +52,10 @@ class Session(Protocol[CacheT, FeaturesT]):
         """Give back what the session holds; nothing works afterwards."""
         ...
 
-    def prefill(self, cache: CacheT, image_features: FeaturesT, prompt_embeds: FloatArray, allowed: IdRange) -> Step:
-        """Start over with image_features [N, H] and prompt_embeds [S, H]; returns the first token."""
+    def prefill(
+        self, cache: CacheT, image_features: Sequence[FeaturesT], prompt_embeds: FloatArray, allowed: IdRange
+    ) -> Step:
+        """Start over with each image's features [N, H] and then prompt_embeds [S, H]; returns the first token."""
         ...
 
     def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: IdRange) -> Step:

@@ -8,7 +8,7 @@ read. Knows neither text nor pictures.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -146,20 +146,22 @@ class TrtSession:
             return cache
 
     def prefill(
-        self, cache: TrtCache, image_features: DeviceFeatures, prompt_embeds: FloatArray, allowed: IdRange
+        self, cache: TrtCache, image_features: Sequence[DeviceFeatures], prompt_embeds: FloatArray, allowed: IdRange
     ) -> Step:
-        features: DeviceFeatures | FloatArray = image_features
-        if isinstance(features, DeviceFeatures) and features._session is not self:
-            features = np.asarray(features)  # by its own session, which may be closed or busy
+        parts: list[DeviceFeatures | FloatArray] = [
+            one if isinstance(one, DeviceFeatures) and one._session is self else np.asarray(one, np.float32)
+            for one in image_features  # another session, which may be busy, copies what is its own
+        ]
+        parts.append(prompt_embeds)
         with self._working():
             decoder = self._load_decoder()
             decoder.bind(cache, self._stream)
-            length = len(prompt_embeds) + self._features_shape[0]
+            length = sum(part.shape[0] for part in parts)
             cache.length = length
             cache.small.arrays["prefix_length"][0] = length
             cache.small.arrays["allowed_ids"][0] = allowed
             self._start.record(self._stream)
-            self._put_prefix(decoder, features, prompt_embeds)
+            self._put_prefix(decoder, parts)
             cache.small.upload(self._stream)
             decoder.run_prefill(cache, length, self._stream)
             cache.small.download(self._stream)
@@ -224,19 +226,19 @@ class TrtSession:
         cache.contexts[DECODE].enqueue(self._stream)
         cache.small.download(self._stream)
 
-    def _put_prefix(self, decoder: LoadedDecoder, features: DeviceFeatures | FloatArray, prompt: FloatArray) -> None:
-        """Image features and prompt embeddings behind one another, where prefill reads them."""
-        width = 4 * self._features_shape[1]
-        num_bytes = self._features_shape[0] * width
-        if isinstance(features, DeviceFeatures):
-            self._stream.copy(decoder.prefix.address, features.buffer.address, num_bytes)
-            host = prompt
-            offset = num_bytes
-        else:  # another session's, on the host
-            host = np.concatenate([np.asarray(features, np.float32), prompt])
-            offset = 0
-        decoder.pinned_prefix.content[: host.nbytes].view(np.float32)[:] = host.reshape(-1)
-        self._stream.copy(decoder.prefix.address + offset, decoder.pinned_prefix.address, host.nbytes)
+    def _put_prefix(self, decoder: LoadedDecoder, parts: Sequence[DeviceFeatures | FloatArray]) -> None:
+        """Images' features and prompt embeddings behind one another, where prefill reads them."""
+        offset = 0
+        for part in parts:
+            num_bytes = 4 * prod(part.shape)
+            if isinstance(part, DeviceFeatures):
+                source = part.buffer.address
+            else:
+                host = decoder.pinned_prefix.content[offset : offset + num_bytes].view(np.float32)
+                host[:] = part.reshape(-1)
+                source = decoder.pinned_prefix.address + offset
+            self._stream.copy(decoder.prefix.address + offset, source, num_bytes)
+            offset += num_bytes
 
     def _read_step(self, cache: TrtCache) -> Step:
         device_ms = self._finish()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from pycocotools import mask as coco
+from pycocotools.coco import COCO
 
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.cli.predict import find_sources
-from paliedge.errors import ImageError
+from paliedge.errors import DeviceError, ImageError
+from paliedge.model import PaliGemma
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SCENES = json.loads((DEMO_SCENES / "scenes.json").read_text())
@@ -104,9 +108,10 @@ def test_an_environment_variable_stands_for_an_option() -> None:
 
 
 def test_a_cut_answer_is_told_on_stderr() -> None:
-    result = run("detect", SCENE, LABELS, "--max-new-tokens", 3)
-    assert "cut off at the token limit" in result.stderr
-    assert result.exit_code == 0
+    for how in ([], ["--format", "csv"]):
+        result = run("detect", SCENE, LABELS, "--max-new-tokens", 3, *how)
+        assert "cut off at the token limit" in result.stderr
+        assert result.exit_code == 0
 
 
 def test_save_draws_the_boxes_into_a_larger_picture(tmp_path: Path) -> None:
@@ -147,7 +152,7 @@ def test_a_picture_that_cannot_be_written_is_an_error_and_the_answers_are_all_th
     result = run("caption", tmp_path / "*.png", "--save", tmp_path / "out" / "deeper")
     assert result.exit_code == 1
     assert len(result.stdout.splitlines()) == 2
-    assert "Name another folder with --save" in result.stderr
+    assert "Name another folder (--save)" in result.stderr
 
 
 def test_several_pictures_show_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,17 +173,138 @@ def test_only_bad_files_give_5(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of two pictures and, between them, a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("one.png", "two.png"):
+        (folder / name).write_bytes(SCENE.read_bytes())
+    (folder / "other.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_json_is_short_for_format_jsonl() -> None:
+    rows = [json.loads(run("detect", SCENE, LABELS, *how).stdout) for how in (["--json"], ["--format", "jsonl"])]
+    for row in rows:
+        del row["timings"]
+    assert rows[0] == rows[1]
+    both = run("detect", SCENE, LABELS, "--json", "--format", "csv")
+    assert both.exit_code == 2
+    assert "one format" in both.stderr
+    assert run("detect", SCENE, LABELS, "--json", "--format", "jsonl").exit_code == 0
+    assert run("detect", SCENE, LABELS, env={"PALIEDGE_FORMAT": "csv"}).stdout.startswith("file,label,")
+
+
+def test_one_json_array_holds_all_pictures_and_errors(pictures: Path) -> None:
+    result = run("caption", pictures, "--format", "json")
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 6
+    assert [Path(row["source"]).name for row in rows] == ["one.png", "other.png", "two.png"]
+    assert "error" in rows[1]
+    assert rows[0]["text"] == rows[2]["text"] != ""
+
+
+def test_a_bad_picture_is_told_on_stderr_where_the_format_has_no_place_for_it(pictures: Path) -> None:
+    result = run("caption", pictures, "--format", "csv")
+    rows = list(csv.DictReader(result.stdout.splitlines()))
+    assert result.exit_code == 6
+    assert [Path(row["file"]).name for row in rows] == ["one.png", "two.png"]
+    assert rows[0]["text"] != ""
+    assert f"error: {pictures / 'other.png'}" in result.stderr
+
+
+def test_coco_is_one_dataset_of_the_good_pictures(pictures: Path, tmp_path: Path) -> None:
+    result = run("detect", pictures, LABELS, "--format", "coco")
+    (tmp_path / "coco.json").write_text(result.stdout)
+    dataset = COCO(tmp_path / "coco.json")
+    assert result.exit_code == 6
+    assert [Path(image["file_name"]).name for image in dataset.dataset["images"]] == ["one.png", "two.png"]
+    assert [item["name"] for item in dataset.dataset["categories"]] == SCENES[0]["detect"]
+    found = json.loads(run("detect", SCENE, LABELS, "--json").stdout)["detections"]
+    corners = [item["box"][:2] for item in found]
+    assert [item["bbox"][:2] for item in dataset.dataset["annotations"]] == corners * 2 != []
+    assert [item["image_id"] for item in dataset.dataset["annotations"]] == [1] * len(found) + [2] * len(found)
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("yolo", ".txt"), ("labelme", ".json")])
+def test_formats_of_files_fill_the_folder_with_nothing_else(
+    form: str, suffix: str, pictures: Path, tmp_path: Path
+) -> None:
+    result = run("detect", pictures, LABELS, "--format", form, "--save", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert result.exit_code == 6
+    assert result.stdout == ""
+    assert names - {"classes.txt"} == {f"one{suffix}", f"two{suffix}"}
+    assert (tmp_path / "out" / f"one{suffix}").stat().st_size > 0
+    if form == "yolo":
+        assert (tmp_path / "out" / "classes.txt").read_text().splitlines() == SCENES[0]["detect"]
+
+
+def test_other_formats_leave_annotated_pictures_in_the_folder(tmp_path: Path) -> None:
+    assert run("predict", SCENE, f"detect {LABELS}", "--format", "coco", "--save", tmp_path).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == [f"{SCENE.stem}.png"]
+
+
+def test_a_file_that_cannot_be_written_is_the_error_of_its_picture(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "one.txt").mkdir(parents=True)
+    result = run("detect", pictures / "*o*.png", LABELS, "--format", "yolo", "--save", tmp_path / "out")
+    assert result.exit_code == 6
+    assert f"error: {pictures / 'one.png'}" in result.stderr
+    assert (tmp_path / "out" / "two.txt").is_file()
+
+
+@pytest.mark.parametrize("verb", [["caption"], ["ask", "how many?"], ["ocr"], ["predict", "caption en"]])
+def test_verbs_without_boxes_refuse_formats_of_boxes_at_once(verb: list[str], tmp_path: Path) -> None:
+    for form in ("coco", "yolo", "labelme"):
+        result = run(verb[0], "absent.png", *verb[1:], "--format", form, "--save", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "json, jsonl or csv" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["yolo", "labelme"])
+def test_polygons_are_missed_before_any_picture_is_answered(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "contourpy", None)
+    for verb in (["segment"], ["detect", "--free"]):
+        result = run(*verb, SCENE, LABELS, "--format", form, "--save", tmp_path / "out")
+        assert result.exit_code == 1
+        assert "paliedge[polygons]" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert run("detect", SCENE, LABELS, "--format", form, "--save", tmp_path / "out").exit_code == 0
+
+
+def test_an_error_in_the_middle_keeps_the_answers_so_far(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caption, calls = PaliGemma.caption, []
+
+    def fail_at_the_second(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise DeviceError(expected="a GPU", found="none", action="Buy one.")
+        return caption(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PaliGemma, "caption", fail_at_the_second)
+    result = run("caption", pictures, "--format", "json")
+    assert result.exit_code == 1
+    assert [Path(row["source"]).name for row in json.loads(result.stdout)] == ["one.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
         (["detect", "absent.png", "cat"], 5, "absent.png"),
         (["detect", SCENE, " "], 2, "at least one label"),
+        (["detect", SCENE, " ", "--format", "coco"], 2, "at least one label"),
         (["detect", SCENE, "cat", "-m", "absent"], 3, "no bundle.json"),
         (["detect", "x" * 300, "cat"], 5, "name too long"),
         (["detect", "x\0y", "cat"], 5, "expected"),
         (["detect", SCENE, "cat", "-m", "x" * 300], 3, "no bundle.json"),
-        (["predict", SCENE, "word " * 500], 2, "prompt of at most 128 tokens"),
+        (["predict", SCENE, "word " * 500], 2, "a prompt of at most"),
         (["predict", SCENE, "ocr", "--max-new-tokens", "100000"], 2, "max_new_tokens"),
+        (["detect", SCENE, "cat", "--format", "yolo"], 2, "--save FOLDER"),
+        (["detect", SCENE, "cat", "--format", "xml"], 2, "labelme"),
         (["detect", SCENE], 2, "Missing argument"),
         (["fly"], 2, "No such command"),
     ],

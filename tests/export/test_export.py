@@ -16,7 +16,8 @@ import pytest
 from paliedge import ort_session
 from paliedge.bundle import Bundle
 from paliedge.errors import CheckpointError, PrecisionError, UsageError
-from paliedge_export import compare, exporter, reference
+from paliedge_export import compare, exporter, opening, reference
+from paliedge_export.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
 from paliedge_export.golden import PROMPTS
@@ -43,11 +44,8 @@ def test_two_exports_are_the_same_to_the_byte(tiny: Tiny, tmp_path: Path) -> Non
 
 
 def test_the_largest_gemma_2_is_never_fp16(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_large(folder: Path) -> ModelConfig:
-        config = read_config(folder)
-        return dataclasses.replace(config, text=dataclasses.replace(config.text, hidden_size=4608))
-
-    monkeypatch.setattr(exporter, "read_config", read_large)
+    assert GEMMA2_27B_WIDTH == 4608
+    monkeypatch.setattr(opening, "GEMMA2_27B_WIDTH", read_config(tiny.checkpoint).text.hidden_size)
     with pytest.raises(UsageError, match="--precision fp32"):
         export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16")
 
@@ -55,7 +53,7 @@ def test_the_largest_gemma_2_is_never_fp16(tiny: Tiny, tmp_path: Path, monkeypat
 def test_a_bundle_knows_the_repository_it_comes_from(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "find_checkpoint", lambda name: tiny.checkpoint)
+    monkeypatch.setattr(opening, "find_checkpoint", lambda name: tiny.checkpoint)
     export_bundle("google/paligemma-3b-mix-224", tmp_path / "bundle", compare=False)
     assert Bundle(tmp_path / "bundle").manifest.producer.checkpoint == "google/paligemma-3b-mix-224"
 
@@ -111,7 +109,7 @@ def test_graphs_that_differ_from_the_reference_are_not_published(
     if old:
         export_bundle(str(tiny.checkpoint), output, compare=False)
     before = read_folder(output) if old else {}
-    monkeypatch.setattr(exporter, "read_config", read_config_with_a_mistake)
+    monkeypatch.setattr(opening, "read_config", read_config_with_a_mistake)
     with pytest.raises(PrecisionError, match="Nothing was published"):
         export_bundle(str(tiny.checkpoint), output)
     assert (read_folder(output) if old else {}) == before

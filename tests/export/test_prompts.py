@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from paliedge import PaliGemma
 from paliedge.bundle import Bundle
+from paliedge.cli import main
 from paliedge.errors import UsageError
 from paliedge.manifest import Prompts
 from paliedge.prompt import fill
@@ -82,3 +84,22 @@ def test_the_bundle_asks_in_the_checkpoints_words(tmp_path: Path, monkeypatch: p
         model.caption(image, max_new_tokens=1)
         model.question(image, "two", max_new_tokens=1)
     assert asked == ["Q why?", "the left one", "tell de", "cap en", "caption en", "for two?"]
+
+
+def test_a_letterbox_travels_with_the_bundle(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "checkpoint", "paligemma")
+    bundle = tmp_path / "bundle"
+    manifest = export_bundle(str(tmp_path / "checkpoint"), bundle, letterbox=(0, 0, 0))
+    assert manifest.preprocess.letterbox == (0, 0, 0)
+    assert manifest.comparisons["cpu"].token_match == 1.0  # transformers saw the same squares
+    with PaliGemma.load(bundle) as model:
+        assert model.encode(np.zeros((20, 40, 3), np.uint8)).frame == (0, 0.25, 1, 0.75)
+
+
+@pytest.mark.parametrize(("colour", "code"), [("#727272", 0), ("greyish", 2)])
+def test_the_letterbox_has_a_colour(colour: str, code: int, tmp_path: Path) -> None:
+    make_tiny(tmp_path / "checkpoint", "paligemma")
+    command = ["export", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "b"), "--no-compare", "--letterbox", colour]
+    assert CliRunner().invoke(main, command).exit_code == code
+    if not code:
+        assert Bundle(tmp_path / "b").manifest.preprocess.letterbox == (0x72,) * 3

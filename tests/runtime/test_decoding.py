@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -42,10 +43,10 @@ class ScriptedSession:
         return ScriptedCache()
 
     def prefill(
-        self, cache: ScriptedCache, image_features: FloatArray, prompt_embeds: FloatArray, allowed: IdRange
+        self, cache: ScriptedCache, image_features: Sequence[FloatArray], prompt_embeds: FloatArray, allowed: IdRange
     ) -> Step:
         assert prompt_embeds.shape == (len(prompt_embeds), HIDDEN)
-        cache.embeds = [*image_features[:, 0].tolist(), *prompt_embeds[:, 0].tolist()]
+        cache.embeds = [*np.concatenate(image_features)[:, 0].tolist(), *prompt_embeds[:, 0].tolist()]
         return self._answer("prefill", cache, allowed)
 
     def decode(self, cache: ScriptedCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
@@ -80,7 +81,9 @@ def decode(
 ) -> list[GeneratedToken]:
     checked: Session[ScriptedCache, FloatArray] = session
     image, prompt = embed(100)[None], embed(101)[None]
-    return list(decode_greedily(checked, cache, image, prompt, embed, eos=EOS, rule=rule, max_new_tokens=limit))
+    return list(
+        decode_greedily(checked, cache, [image, image[:0]], prompt, embed, eos=EOS, rule=rule, max_new_tokens=limit)
+    )
 
 
 def test_decoding_ends_with_end_of_sequence() -> None:
@@ -138,7 +141,7 @@ def test_a_token_is_handed_out_before_the_next_one_is_computed() -> None:
     session = ScriptedSession([7, 8, EOS])
     prefix = embed(100)[None]
     steps = decode_greedily(
-        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, rule=lambda token: (0, 99), max_new_tokens=10
+        session, ScriptedCache(), [prefix], prefix, embed, eos=EOS, rule=lambda token: (0, 99), max_new_tokens=10
     )
     assert session.calls == []
     assert next(steps).token == 7
@@ -154,7 +157,7 @@ def test_a_step_is_timed_without_the_time_its_reader_takes(monkeypatch: pytest.M
     prefix = embed(100)[None]
     times = []
     for step in decode_greedily(
-        session, ScriptedCache(), prefix, prefix, embed, eos=EOS, rule=lambda token: (0, 99), max_new_tokens=10
+        session, ScriptedCache(), [prefix], prefix, embed, eos=EOS, rule=lambda token: (0, 99), max_new_tokens=10
     ):
         times.append(step.ms)
         next(ticks)  # a slow reader

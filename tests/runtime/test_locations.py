@@ -204,6 +204,18 @@ def test_a_box_is_y1_x1_y2_x2_in_1023rds_of_height_and_width() -> None:
     assert item.box == pytest.approx((100, 0, 300, 60))
 
 
+def test_boxes_in_a_letterbox_are_mapped_back_and_cut_to_the_image() -> None:
+    """An image of 200 x 100 pixels in the middle half of the square's height."""
+    token_ids = ids_from(256, 0, 767, 1023, " cat", " ;", 0, 512, 511, 1023, " dog", " ;", 0, 0, 100, 1023, " a")
+    found, malformed = parse_locations(
+        token_ids, [0.0] * len(token_ids), TOKENS, decode, (200, 100), (0, 0.25, 1, 0.75)
+    )
+    assert [item.label for item in found] == ["cat", "dog"]
+    assert malformed == 1  # all of it lies in the padding
+    assert found[0].box == pytest.approx((0, 0, 200, 100), abs=0.3)
+    assert found[1].box == pytest.approx((100, 0, 200, 50), abs=0.3)
+
+
 def test_the_number_of_bins_comes_from_the_tokens() -> None:
     (item,), _ = parse_with([5, 5, 9, 9], TOKENS_OF_FIVE_BINS, decode, (8, 8))
     assert item.box == (0, 0, 8, 8)

@@ -214,7 +214,7 @@ def test_the_cache_stays_where_it_is_and_decoding_allocates_nothing_that_grows()
     sizes = np.zeros((2, limits.new_tokens), np.int64)
     tracemalloc.start()
     for answer in sizes:  # the first one fills Python's own pools
-        session.prefill(cache, image, np.ones((limits.prefix - len(image), width), np.float32), (0, 10))
+        session.prefill(cache, [image], np.ones((limits.prefix - len(image), width), np.float32), (0, 10))
         for index in range(limits.new_tokens):
             session.decode(cache, np.ones(width, np.float32), (0, 10))
             answer[index] = tracemalloc.get_traced_memory()[0]

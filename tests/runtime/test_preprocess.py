@@ -80,3 +80,36 @@ def test_every_byte_of_each_channel_is_normalised_as_transformers_does() -> None
     image = Image.fromarray(np.stack([values, values.T, 255 - values], axis=-1))
     preprocess = Preprocessor(Preprocess(resample="bicubic", mean=mean, std=std), 16)
     assert_bit_for_bit(preprocess(image), reference(image, "bicubic", 16, mean, std))
+
+
+def letterboxed(size: int = 40, colour: tuple[int, int, int] = (10, 200, 30)) -> Preprocessor:
+    return Preprocessor(Preprocess(resample="bicubic", mean=HALF, std=HALF, letterbox=colour), size)
+
+
+@pytest.mark.parametrize(
+    ("size_wh", "frame"),
+    [
+        ((80, 40), (0, 0.25, 1, 0.75)),
+        ((40, 80), (0.25, 0, 0.75, 1)),
+        ((33, 33), (0, 0, 1, 1)),
+        ((4000, 1), (0, 0.475, 1, 0.5)),
+    ],
+)
+def test_a_letterboxed_picture_keeps_its_proportions_in_its_frame(
+    size_wh: tuple[int, int], frame: tuple[float, float, float, float]
+) -> None:
+    preprocess = letterboxed()
+    assert preprocess.frame(size_wh) == pytest.approx(frame)
+    square = np.asarray(preprocess.fit(Image.new("RGB", size_wh, (250, 0, 0))))
+    x1, y1, x2, y2 = (round(40 * edge) for edge in frame)
+    assert (square[y1:y2, x1:x2] == (250, 0, 0)).all()
+    outside = np.ones((40, 40), bool)
+    outside[y1:y2, x1:x2] = False
+    assert (square[outside] == (10, 200, 30)).all()
+    assert preprocess(Image.new("RGB", size_wh)).shape == (1, 3, 40, 40)
+
+
+def test_a_squashed_picture_fills_the_square() -> None:
+    preprocess = Preprocessor(Preprocess(resample="bicubic", mean=HALF, std=HALF), 40)
+    assert preprocess.frame((80, 40)) == (0, 0, 1, 1)
+    assert (np.asarray(preprocess.fit(Image.new("RGB", (80, 40), (250, 0, 0)))) == (250, 0, 0)).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,9 @@ class FakeGpu(OrtSession):
         super().close()
         FakeGpu.open_sessions -= 1
 
-    def prefill(self, cache: OrtCache, image_features: FloatArray, prompt_embeds: FloatArray, allowed: IdRange) -> Step:
+    def prefill(
+        self, cache: OrtCache, image_features: Sequence[FloatArray], prompt_embeds: FloatArray, allowed: IdRange
+    ) -> Step:
         return super().prefill(cache, image_features, prompt_embeds, allowed)._replace(device_ms=2.5)
 
     def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:

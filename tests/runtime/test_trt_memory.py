@@ -96,7 +96,7 @@ def test_as_many_caches_as_answers_at_once(model: PaliGemma, machine: Machine) -
 def test_graphs_keep_the_addresses_of_their_capture(model: PaliGemma, machine: Machine) -> None:
     """The fake would refuse a launch; here its contexts are asked as well."""
     model.caption(IMAGES[0])
-    cache = model._idle_caches[0]
+    cache = model._answerer._idle_caches[0]
     bound = {index: dict(context._context._addresses) for index, context in cache.contexts.items()}
     for prompt in ("ocr", "detect red circle", "a"):
         model.generate(IMAGES[1], prompt)

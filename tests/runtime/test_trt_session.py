@@ -20,12 +20,12 @@ import pytest
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
+from paliedge.answering import EncodedImage
 from paliedge.backends import BackendOptions
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import UsageError
 from paliedge.images import load_image
-from paliedge.model import EncodedImage
 from paliedge.ort_session import OrtSession
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
@@ -134,7 +134,7 @@ def test_a_step_can_be_repeated_with_other_tokens_allowed(
 
     def run(session: Session[Any, Any], repeats: int) -> list[Step]:
         cache = session.new_cache()
-        found = [session.prefill(cache, features, embed([2, 3]), (0, last))]
+        found = [session.prefill(cache, [features], embed([2, 3]), (0, last))]
         for token in (9, 10, 11, 12):
             found.append(session.decode(cache, embed([token])[0], (0, last)))
             for other in range(repeats):
@@ -195,7 +195,7 @@ def steps_to_capacity(session: Session[Any, Any], bundle: Bundle, choices: Seque
     turns = itertools.cycle(choices)
     steps = []
     for _ in range(2):
-        steps.append(session.prefill(cache, features, prompt, next(turns)))
+        steps.append(session.prefill(cache, [features], prompt, next(turns)))
         for _ in range(manifest.limits.new_tokens):
             steps.append(session.decode(cache, embed([steps[-1].token])[0], next(turns)))
     return [step._replace(device_ms=None) for step in steps]

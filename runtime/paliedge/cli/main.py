@@ -70,7 +70,7 @@ def main() -> None:
     """
 
 
-from paliedge.cli import building, bundles, doctor, planning, predict  # noqa: E402  registers the verbs
+from paliedge.cli import building, bundles, doctor, evaluate, planning, predict  # noqa: E402  registers the verbs
 
-for _verb in (*predict.VERBS, *bundles.VERBS, *planning.VERBS, *building.VERBS, *doctor.VERBS):
+for _verb in (*predict.VERBS, *bundles.VERBS, *planning.VERBS, *building.VERBS, *doctor.VERBS, *evaluate.VERBS):
     main.add_command(_verb)

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from paliedge.errors import UsageError
+
 if TYPE_CHECKING:
     from paliedge.backends import Backend, BackendOptions, OnMismatch
     from paliedge.model import PaliGemma
 
+FORMATS = ("text", "json", "jsonl", "csv", "coco", "yolo", "labelme")
+"""What `--format` takes: `text` and those of `paliedge.formats`, which is too heavy to import here."""
 Verb = TypeVar("Verb", bound=Callable[..., None])
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
 
@@ -20,6 +24,32 @@ bundle_argument = click.argument("bundle", required=False, type=click.Path(path_
 def json_option(help_text: str) -> Callable[[Verb], Verb]:
     """`--json`, which the verb gets as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help=help_text)
+
+
+def format_options(verb: Verb) -> Verb:
+    """`--format` and its short form `--json`, which the verb gets as `form`; None for text."""
+
+    @wraps(verb)
+    def collect(form: str, as_json: bool, **rest: Any) -> None:
+        if as_json and form not in ("text", "jsonl"):
+            raise UsageError(
+                expected="one format; `--json` is `--format jsonl`",
+                found=f"`--json` and `--format {form}`",
+                action="Leave out one of the two (or unset PALIEDGE_JSON).",
+            )
+        verb(form="jsonl" if as_json else None if form == "text" else form, **rest)
+
+    option = click.option(
+        "--format",
+        "form",
+        type=click.Choice(FORMATS),
+        default="text",
+        show_default=True,
+        envvar="PALIEDGE_FORMAT",
+        show_envvar=True,
+        help="How answers are written; yolo and labelme make a file a picture in the folder of --save.",
+    )
+    return json_option("One JSON object a picture; short for --format jsonl.")(option(collect))  # type: ignore[return-value]
 
 
 def backend_options(verb: Verb) -> Verb:

@@ -6,19 +6,23 @@ import glob
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from paliedge.cli.options import Verb, json_option, load_model, model_options
+from paliedge.cli.options import Verb, format_options, load_model, model_options
 from paliedge.errors import ImageError, OutputError, PaliEdgeError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from paliedge.backends import BackendOptions
+    from paliedge.formats import Format, Writer
     from paliedge.model import PaliGemma
+    from paliedge.prompt import BoxRequest, BoxTask
     from paliedge.results import Generation
 
     _Answer = Callable[[PaliGemma, Path], Generation]
@@ -33,7 +37,7 @@ def _answer_options(verb: Verb) -> Verb:
         type=click.Path(path_type=Path, file_okay=False),
         envvar="PALIEDGE_SAVE",
         show_envvar=True,
-        help="Folder for annotated pictures.",
+        help="Folder for annotated pictures, or for what --format yolo or labelme writes instead.",
     )(verb)
     verb = click.option(
         "--max-new-tokens",
@@ -42,7 +46,7 @@ def _answer_options(verb: Verb) -> Verb:
         show_envvar=True,
         help="Stop after this many tokens; the bundle's limit unless given.",
     )(verb)
-    return json_option("One JSON object a picture.")(verb)
+    return format_options(verb)
 
 
 _lang_option = click.option(
@@ -97,7 +101,7 @@ def detect(
         found = model.detect(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
         return found.above(conf)
 
-    _answer_all(source, answer, **rest)
+    _answer_all(source, answer, asked=_asked("detect", labels), free=free, **rest)
 
 
 @click.command()
@@ -118,7 +122,7 @@ def segment(
         found = model.segment(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
         return found.above(conf)
 
-    _answer_all(source, answer, **rest)
+    _answer_all(source, answer, asked=_asked("segment", labels), free=free, **rest)
 
 
 @click.command()
@@ -154,7 +158,12 @@ def ocr(source: str, max_new_tokens: int | None, **rest: Any) -> None:
 @_answer_options
 def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Answer a free PROMPT in the model's own words, such as "caption de"."""
-    _answer_all(source, lambda model, image: model.generate(image, prompt, max_new_tokens=max_new_tokens), **rest)
+    from paliedge.prompt import find_box_request
+
+    def answer(model: PaliGemma, image: Path) -> Generation:
+        return model.generate(image, prompt, max_new_tokens=max_new_tokens)
+
+    _answer_all(source, answer, asked=find_box_request(prompt), **rest)
 
 
 VERBS = (detect, segment, caption, ask, ocr, predict)
@@ -191,36 +200,70 @@ def find_sources(source: str) -> list[Path]:
     return found
 
 
-def _answer_all(
-    source: str, answer: _Answer, *, bundle: Path | None, options: BackendOptions, save: Path | None, as_json: bool
-) -> None:
-    """Answer for every picture; a bad one is reported and the others are done."""
-    from paliedge.images import load_image
+def _asked(task: BoxTask, labels: str) -> BoxRequest:
+    from paliedge.prompt import BoxRequest, split_labels
 
+    return BoxRequest(task, split_labels(labels))
+
+
+def _answer_all(
+    source: str,
+    answer: _Answer,
+    *,
+    bundle: Path | None,
+    options: BackendOptions,
+    save: Path | None,
+    form: Format | None,
+    asked: BoxRequest | None = None,
+    free: bool = False,
+) -> None:
+    """Answer for every picture; a bad one is reported and the others are done.
+
+    `form` None is text; `asked` are the boxes that are asked for, if any.
+    """
+    from paliedge.formats import FOLDER_FORMATS, open_writer
+
+    writer = open_writer(form, partial(click.echo, nl=False), save, asked, free=free) if form else None
     paths = find_sources(source)
     model = load_model(bundle, options)
-    errors: list[PaliEdgeError] = []
     taken: set[Path] = {path.absolute() for path in paths}
     show_progress = len(paths) > 1 and _is_terminal()
-    for index, path in enumerate(paths, 1):
-        if show_progress:
-            click.echo(f"[{index}/{len(paths)}] {path}", err=True)
-        try:
-            result = answer(model, path)
-            print_answer(str(path), result, as_json)
-            if save:
-                save_picture(load_image(path), result, _free_name(save, path, taken))
-        except (ImageError, OutputError) as error:
-            errors.append(error)
-            if as_json:
-                parts = {"expected": error.expected, "found": error.found, "action": error.action}
-                click.echo(json.dumps({"source": str(path), "error": parts}, ensure_ascii=False))
-            else:
-                from paliedge.cli.main import print_error
-
-                print_error(error, str(path))
+    errors: list[PaliEdgeError] = []
+    try:
+        for index, path in enumerate(paths, 1):
+            if show_progress:
+                click.echo(f"[{index}/{len(paths)}] {path}", err=True)
+            try:
+                result = answer(model, path)
+                _write(path, result, writer)
+                if save and form not in FOLDER_FORMATS:
+                    _save(result, _free_name(save, path, taken))
+            except (ImageError, OutputError) as error:
+                errors.append(error)
+                _write_error(path, error, writer)
+    finally:  # an error or ctrl-C must not lose the answers so far
+        if writer:
+            writer.finish()
     if errors:
         click.get_current_context().exit(SOME_FAILED if len(errors) < len(paths) else errors[0].exit_code)
+
+
+def _write(source: Path, result: Generation, writer: Writer | None) -> None:
+    if not writer:
+        print_answer(str(source), result, as_json=False)
+        return
+    writer.add(source, result)
+    if not writer.tells_errors:
+        _warn_of_cut(str(source), result)
+
+
+def _write_error(source: Path, error: PaliEdgeError, writer: Writer | None) -> None:
+    if writer and writer.tells_errors:
+        writer.fail(source, error)
+    else:
+        from paliedge.cli.main import print_error
+
+        print_error(error, str(source))
 
 
 def print_answer(source: str, result: Generation, as_json: bool) -> None:
@@ -235,24 +278,21 @@ def print_answer(source: str, result: Generation, as_json: bool) -> None:
         click.echo(" ".join([f"{source}: {found.label}".rstrip(), *numbers]))
     if not result.detections:
         click.echo(f"{source}: {result.text or 'nothing found'}")
+    _warn_of_cut(source, result)
+
+
+def _warn_of_cut(source: str, result: Generation) -> None:
     if result.finish_reason == "length":
         click.echo(f"{source}: the answer was cut off at the token limit", err=True)
 
 
 def save_picture(image: Image.Image, result: Generation, path: Path) -> None:
-    """Write the annotated picture."""
-    from paliedge.draw import draw_answer, draw_detections
+    """Write `image` annotated with the answer."""
+    _save(replace(result, image=image), path)
 
-    picture = draw_detections(image, result.detections) if result.detections else draw_answer(image, result.text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        raise OutputError(
-            expected=f"to write {path}",
-            found=error.strerror or "an error of the file system",
-            action="Name another folder with --save, or make room.",
-        ) from None
+
+def _save(result: Generation, path: Path) -> None:
+    result.save(path)
     click.echo(f"saved {path}", err=True)
 
 
