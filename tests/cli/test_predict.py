@@ -89,7 +89,17 @@ def test_segment_gives_boxes_with_masks_and_draws_them(tmp_path: Path) -> None:
     assert (tmp_path / SCENE.with_suffix(".png").name).is_file()
 
 
-@pytest.mark.parametrize("verb", [["caption"], ["ask", "how many circles are there?"], ["ocr"], ["predict", "ocr"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["caption"],
+        ["caption", "--style", "describe"],
+        ["question", "two"],
+        ["ask", "how many circles are there?"],
+        ["ocr"],
+        ["predict", "ocr"],
+    ],
+)
 def test_the_other_verbs_answer_with_text(verb: list[str]) -> None:
     result = run(verb[0], SCENE, *verb[1:])
     assert result.exit_code == 0
@@ -254,7 +264,17 @@ def test_a_file_that_cannot_be_written_is_the_error_of_its_picture(pictures: Pat
     assert (tmp_path / "out" / "two.txt").is_file()
 
 
-@pytest.mark.parametrize("verb", [["caption"], ["ask", "how many?"], ["ocr"], ["predict", "caption en"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["caption"],
+        ["caption", "--style", "describe"],
+        ["question", "two"],
+        ["ask", "how many?"],
+        ["ocr"],
+        ["predict", "caption en"],
+    ],
+)
 def test_verbs_without_boxes_refuse_formats_of_boxes_at_once(verb: list[str], tmp_path: Path) -> None:
     for form in ("coco", "yolo", "labelme"):
         result = run(verb[0], "absent.png", *verb[1:], "--format", form, "--save", tmp_path / "out")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from paliedge.backends import BackendOptions
     from paliedge.formats import Format, Writer
-    from paliedge.model import PaliGemma
+    from paliedge.model import CaptionStyle, PaliGemma
     from paliedge.prompt import BoxRequest, BoxTask
     from paliedge.results import Generation
 
@@ -128,10 +128,23 @@ def segment(
 @click.command()
 @click.argument("source")
 @_lang_option
+@click.option(
+    "--style",
+    type=click.Choice(["caption", "cap", "describe"]),
+    default="caption",
+    show_default=True,
+    envvar="PALIEDGE_STYLE",
+    show_envvar=True,
+    help="cap and describe are known to pre-trained checkpoints only: as raw as on the web, and longer.",
+)
 @_answer_options
-def caption(source: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
+def caption(source: str, lang: str, style: CaptionStyle, max_new_tokens: int | None, **rest: Any) -> None:
     """Describe each picture in one sentence."""
-    _answer_all(source, lambda model, image: model.caption(image, lang, max_new_tokens=max_new_tokens), **rest)
+
+    def answer(model: PaliGemma, image: Path) -> Generation:
+        return model.caption(image, lang, style=style, max_new_tokens=max_new_tokens)
+
+    _answer_all(source, answer, **rest)
 
 
 @click.command()
@@ -142,6 +155,16 @@ def caption(source: str, lang: str, max_new_tokens: int | None, **rest: Any) -> 
 def ask(source: str, question: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
     """Answer QUESTION about each picture."""
     _answer_all(source, lambda model, image: model.ask(image, question, lang, max_new_tokens=max_new_tokens), **rest)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("answer")
+@_lang_option
+@_answer_options
+def question(source: str, answer: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
+    """Ask the question about each picture that has ANSWER; pre-trained checkpoints know how."""
+    _answer_all(source, lambda model, image: model.question(image, answer, lang, max_new_tokens=max_new_tokens), **rest)
 
 
 @click.command()
@@ -166,7 +189,7 @@ def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -
     _answer_all(source, answer, asked=find_box_request(prompt), **rest)
 
 
-VERBS = (detect, segment, caption, ask, ocr, predict)
+VERBS = (detect, segment, caption, ask, question, ocr, predict)
 
 
 def find_sources(source: str) -> list[Path]:
