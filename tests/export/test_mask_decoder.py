@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,12 @@ def test_a_mask_decoder_that_cannot_be_one_is_refused(tensors: dict[str, Any], t
 def test_a_file_that_is_no_archive_or_a_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    pickled = np.empty(1, object)
-    np.savez(tmp_path / "pickle.npz", allow_pickle=True, **{"_vq_vae._embedding": pickled})
+    with (
+        zipfile.ZipFile(tmp_path / "pickle.npz", "w") as archive,
+        archive.open("_vq_vae._embedding.npy", "w") as stream,
+    ):
+        header = {"descr": "|O", "fortran_order": False, "shape": (1,)}
+        np.lib.format.write_array_header_1_0(stream, header)  # objects: whoever reads them runs code
     for name in ("text.npz", "text.safetensors", "pickle.npz", "absent.npz"):
         with pytest.raises(CheckpointError, match=name):
             load_mask_decoder(tmp_path / name, 128)
