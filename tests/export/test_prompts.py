@@ -67,6 +67,9 @@ def test_the_bundle_asks_in_the_checkpoints_words(tmp_path: Path, monkeypatch: p
     bundle = tmp_path / "bundle"
     export_bundle(str(tmp_path / "checkpoint"), bundle, prompts=str(tmp_path / "p.json"), compare=False)
     assert Bundle(bundle).manifest.prompts == Prompts(**prompts)
+    shown = CliRunner().invoke(main, ["info", str(bundle)]).stdout
+    assert "answer: 'Q {question}', question: 'for {answer}?'" in shown
+    assert "left as codes" in shown
     asked: list[str] = []
     with PaliGemma.load(bundle) as model:
         encode = model._tokenizer.encode_prefix

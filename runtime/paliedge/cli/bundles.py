@@ -14,6 +14,7 @@ from paliedge.cli.predict import print_answer, save_picture
 if TYPE_CHECKING:
     from paliedge.backends import BackendOptions
     from paliedge.bundle import Bundle
+    from paliedge.manifest import Manifest
     from paliedge.selfcheck import RunReport
 
 DEMO_SCENES = Path(__file__).parents[1] / "scenes"
@@ -54,6 +55,7 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
         "decoder": f"{text.num_layers} layers of width {text.hidden_size}, "
         f"{text.num_heads} heads on {text.num_kv_heads} KV heads",
         "limits": f"{limits.prefix - vision.num_image_tokens} prompt tokens, {limits.new_tokens} new tokens",
+        **_describe_answers(manifest),
     }
     for name, target in sorted(manifest.targets.items()):
         names = {manifest.embedding.file, *target.vision_encoder.weights, *target.decoder.weights}
@@ -63,9 +65,6 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
             rows[f"  {name} compared"] = manifest.comparisons[name].describe()
         else:
             rows[f"  {name} compared"] = f"no: {manifest.not_compared[name]}"
-    if manifest.vocabulary:
-        labels = ", ".join(manifest.vocabulary.labels)
-        rows["reduced head"] = f"{manifest.vocabulary.num_tokens} tokens: boxes, segments and {labels}"
     for engine in manifest.engines:
         rows[f"engine {engine.flavour}"] = (
             f"{engine.version} for compute capability {engine.compute_capability}, {engine.precision}, "
@@ -73,6 +72,24 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
         )
     for name, value in rows.items():
         click.echo(f"{name:<18} {value}")
+
+
+def _describe_answers(manifest: Manifest) -> dict[str, str]:
+    """What the bundle can say, and in answer to what."""
+    from paliedge.manifest import Prompts
+
+    has_masks = all(target.mask_decoder for target in manifest.targets.values())
+    rows = {"masks": "decoded" if has_masks else "left as codes: exported without a mask decoder"}
+    if manifest.vocabulary:
+        labels = ", ".join(manifest.vocabulary.labels)
+        rows["reduced head"] = f"{manifest.vocabulary.num_tokens} tokens: boxes, segments and {labels}"
+    templates = [(name, getattr(manifest.prompts, name)) for name in Prompts.__struct_fields__]
+    special = [f"{name}: {text!r}" for name, text in templates if text != getattr(Prompts(), name)]
+    if special:
+        rows["prompts"] = ", ".join(special)
+    if manifest.preprocess.letterbox:
+        rows["pictures"] = "letterboxed"
+    return rows
 
 
 def _print_precision_report(bundle: Bundle, *, as_json: bool) -> None:
