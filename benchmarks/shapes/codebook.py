@@ -116,7 +116,8 @@ def load_masks(pool: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return packed[places[:, 0], places[:, 1]], places
 
 
-def _unpack(packed: np.ndarray[Any, Any]) -> Tensor:
+def unpack(packed: np.ndarray[Any, Any]) -> Tensor:
+    """Masks [N, 1, 64, 64] in -1..1."""
     bits = np.unpackbits(packed, axis=1).reshape(-1, 1, MASK_SIZE, MASK_SIZE)
     return torch.from_numpy(bits).float() * 2 - 1
 
@@ -127,7 +128,7 @@ def round_trip(model: Codebook, packed: np.ndarray[Any, Any]) -> float:
     model.eval()
     found = []
     for part in np.array_split(packed, max(1, len(packed) // 500)):
-        masks = _unpack(part)
+        masks = unpack(part)
         inside, decoded = masks > 0, model.decode(model.encode(masks)) > 0
         overlap = (inside & decoded).sum((1, 2, 3)) / (inside | decoded).sum((1, 2, 3))
         found.append(overlap)
@@ -135,28 +136,30 @@ def round_trip(model: Codebook, packed: np.ndarray[Any, Any]) -> float:
     return float(torch.cat(found).mean())
 
 
-def train(packed: np.ndarray[Any, Any], steps: int, batch: int = 128, rate: float = 2e-3) -> Codebook:
-    """Train on all but the last masks; prints the round trip on those."""
+def train(packed: np.ndarray[Any, Any], steps: int, log: Path, batch: int = 128, rate: float = 2e-3) -> Codebook:
+    """Train on all but the last masks; `log` gets the round trip on those, a row a line."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     model = Codebook()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     held_out, seen = packed[-_HELD_OUT:], packed[:-_HELD_OUT]
-    started = time.perf_counter()
+    started, rows = time.perf_counter(), list[str]()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = model(_unpack(seen[rng.integers(len(seen), size=batch)]))
+        loss = model(unpack(seen[rng.integers(len(seen), size=batch)]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
             row = {
                 "step": step + 1,
-                "loss": round(float(loss), 4),
+                "loss": round(float(loss.detach()), 4),
                 "round_trip_iou": round(round_trip(model, held_out), 4),
             }
-            print(json.dumps(row | {"seconds": round(time.perf_counter() - started, 1)}), flush=True)
+            rows.append(json.dumps(row | {"seconds": round(time.perf_counter() - started, 1)}))
+            print(rows[-1], flush=True)
+            log.write_text("\n".join(rows) + "\n")
     model.eval()
     return model
 
@@ -167,7 +170,7 @@ def write_codes(model: Codebook, packed: np.ndarray[Any, Any], places: np.ndarra
     codes = np.zeros((*np.load(pool / "classes.npy", mmap_mode="r").shape, CODES), np.uint8)
     for start in range(0, len(packed), 1_000):
         scene, place = places[start : start + 1_000].T
-        codes[scene, place] = model.encode(_unpack(packed[start : start + 1_000])).numpy()
+        codes[scene, place] = model.encode(unpack(packed[start : start + 1_000])).numpy()
     np.save(pool / "codes.npy", codes)
 
 
@@ -181,10 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--log", type=Path, default=Path("benchmarks/results/shapes_codebook.jsonl"))
     arguments = parser.parse_args()
     packed, places = load_masks(arguments.pool)
-    model = train(packed, arguments.steps)
+    model = train(packed, arguments.steps, arguments.log)
     save_decoder(model, arguments.output)
     write_codes(model, packed, places, arguments.pool)
 

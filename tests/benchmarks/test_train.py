@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PaliGemmaForConditionalGeneration
 
-from benchmarks.shapes.codebook import Codebook, load_masks, write_codes
-from benchmarks.shapes.pool import Pool, draw_pool
+from benchmarks.shapes.codebook import Codebook, load_masks, round_trip, unpack, write_codes
+from benchmarks.shapes.codebook import train as train_codebook
+from benchmarks.shapes.pool import Pool, crop_mask, draw_pool
 from benchmarks.shapes.scenes import CLASSES, make_scene
 from benchmarks.shapes.train import prefix_lm_mask, train
 from benchmarks.shapes.vocabulary import build_tokenizer
@@ -81,3 +82,25 @@ def test_training_resumes_and_ends_with_a_checkpoint(
     model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
     assert model.dtype == torch.float16
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
+
+
+def test_a_codebook_learns_to_bring_masks_back(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.shapes.codebook._HELD_OUT", 20)
+    packed, places = load_masks(pool)
+    assert packed.shape == (len(places), 512)
+    model = train_codebook(packed[:44], 250, tmp_path / "log.jsonl", batch=12)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 250
+    assert rows[-1]["loss"] < 0.5  # an untrained one is at 1
+    assert round_trip(model, packed[:24]) > 0.75  # the whole box would be 0.66
+    assert len(set(model.encode(unpack(packed[:24])).flatten().tolist())) > 8
+
+
+def test_masks_are_cropped_to_their_boxes() -> None:
+    for item in make_scene(3).objects:
+        crop = crop_mask(item.mask, item.box)
+        assert crop.shape == (64, 64)
+        assert crop.any(axis=0).all()  # the box is tight
+        assert crop.any(axis=1).all()
+        x1, y1, x2, y2 = item.box
+        assert crop.mean() == pytest.approx(item.mask[y1:y2, x1:x2].mean(), abs=0.03)
