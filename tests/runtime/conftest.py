@@ -46,11 +46,8 @@ def copy_bundle(bundle: Path, folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Bundles for both targets, in fp16, without engines."""
-    from safetensors.numpy import save_file
-
     from paliedge.manifest import Limits
     from paliedge_export.exporter import export_bundle
-    from tests.masks import random_mask_decoder
     from tests.tiny import make_tiny
 
     folder = tmp_path_factory.mktemp("bundles")
@@ -60,7 +57,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if name in TINY:
             checkpoint = folder / f"{name}.checkpoint"
             make_tiny(checkpoint, name, **TINY[name])
-            save_file(random_mask_decoder(), checkpoint / "mask_decoder.safetensors")
         made[name] = folder / name
         limits = Limits(prefix=MAX_PROMPT_TOKENS, new_tokens=MAX_NEW_TOKENS)
         export_bundle(str(checkpoint), made[name], targets=tuple(VERSIONS), limits=limits, compare=False)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
@@ -33,12 +34,12 @@ from paliedge.results import Generation
 from paliedge.session import IdRange, Session, Step
 from tests.fakes.cuda_runtime import FakeCuda
 from tests.fakes.machine import Machine, fake_machine
-from tests.masks import decode_masks, random_mask_decoder
+from tests.masks import decode_masks
+from tests.paths import SHAPES_CHECKPOINT
 from tests.runtime.conftest import (
     MAX_NEW_TOKENS,
     MAX_PROMPT_TOKENS,
     RTX_VERSION,
-    TINY,
     TWO_BOARDS,
     VERSIONS,
     open_reference,
@@ -114,10 +115,10 @@ def test_the_runtimes_own_session_on_onnx_runtime_says_the_same(
                 assert scores == pytest.approx(others, abs=1e-3)
 
 
-@pytest.mark.parametrize("subject", TINY)
+@pytest.mark.parametrize("subject", ["shapes"])
 def test_masks_are_what_the_layers_say(model: PaliGemma) -> None:
     codes = np.random.default_rng(2).integers(0, 128, (3, 16))
-    expected = decode_masks(random_mask_decoder(), codes)
+    expected = decode_masks(load_file(SHAPES_CHECKPOINT / "mask_decoder.safetensors"), codes)
     for _ in range(2):
         found = model._session.decode_masks(codes)
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
