@@ -15,8 +15,7 @@ from pycocotools.coco import COCO
 
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
-from paliedge.cli.predict import find_sources
-from paliedge.errors import DeviceError, ImageError
+from paliedge.errors import DeviceError
 from paliedge.model import PaliGemma
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
@@ -334,25 +333,3 @@ def test_errors_say_what_is_wrong_and_have_their_exit_code(arguments: list[objec
     assert result.exit_code == exit_code
     assert words in result.stderr
     assert result.stdout == ""
-
-
-def test_a_folder_gives_its_pictures_sorted_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpeg", "notes.txt", "c.webp"):
-        (tmp_path / name).touch()
-    assert [path.name for path in find_sources(str(tmp_path))] == ["a.jpeg", "b.PNG", "c.webp"]
-
-
-def test_a_pattern_may_cross_folders(tmp_path: Path) -> None:
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "deep" / "er" / "x.png").touch()
-    assert [path.name for path in find_sources(f"{tmp_path}/**/*.png")] == ["x.png"]
-
-
-def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
-    (tmp_path / "x[1].png").touch()
-    assert find_sources(str(tmp_path / "x[1].png")) == [tmp_path / "x[1].png"]
-
-
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="none with a name"):
-        find_sources(str(tmp_path))

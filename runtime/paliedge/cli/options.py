@@ -52,6 +52,46 @@ def format_options(verb: Verb) -> Verb:
     return json_option("One JSON object a picture; short for --format jsonl.")(option(collect))  # type: ignore[return-value]
 
 
+def frame_options(verb: Verb) -> Verb:
+    """`--every` and its like, which the verb gets as `frames`, a FrameOptions."""
+
+    @wraps(verb)
+    def collect(every: int, buffer: int, reconnect: int | None, **rest: Any) -> None:
+        from paliedge.video import FrameOptions
+
+        verb(frames=FrameOptions(every, buffer, reconnect), **rest)
+
+    for option in (
+        click.option(
+            "--reconnect",
+            type=click.IntRange(0),
+            envvar="PALIEDGE_RECONNECT",
+            show_envvar=True,
+            help="Attempts in a row to reach a lost live source, 1, 2 ... 30 seconds apart; without end unless given.",
+        ),
+        click.option(
+            "--buffer",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            envvar="PALIEDGE_BUFFER",
+            show_envvar=True,
+            help="How many frames of a live source may wait for the model; when more come, the oldest go.",
+        ),
+        click.option(
+            "--every",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            envvar="PALIEDGE_EVERY",
+            show_envvar=True,
+            help="Take one in so many frames of a video or live source.",
+        ),
+    ):
+        collect = option(collect)
+    return collect  # type: ignore[return-value]  # click has put its options on it
+
+
 def backend_options(verb: Verb) -> Verb:
     """`--backend` and its like, which the verb gets as `options`, a BackendOptions."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paliedge.cli.options import Verb, format_options, load_model, model_options
+from paliedge.cli.options import Verb, format_options, frame_options, load_model, model_options
 from paliedge.errors import ImageError, OutputError, PaliEdgeError
 
 if TYPE_CHECKING:
@@ -21,23 +21,26 @@ if TYPE_CHECKING:
 
     from paliedge.backends import BackendOptions
     from paliedge.formats import Format, Writer
+    from paliedge.images import ImageSource
     from paliedge.model import CaptionStyle, PaliGemma
     from paliedge.prompt import BoxRequest, BoxTask
     from paliedge.results import Generation
+    from paliedge.sources import Item, Source
+    from paliedge.video import FrameOptions, VideoWriter
 
-    _Answer = Callable[[PaliGemma, Path], Generation]
+    _Answer = Callable[[PaliGemma, ImageSource], Generation]
 
 SOME_FAILED = 6
 
 
 def _answer_options(verb: Verb) -> Verb:
-    verb = model_options(verb)
+    verb = frame_options(model_options(verb))
     verb = click.option(
         "--save",
         type=click.Path(path_type=Path, file_okay=False),
         envvar="PALIEDGE_SAVE",
         show_envvar=True,
-        help="Folder for annotated pictures, or for what --format yolo or labelme writes instead.",
+        help="Folder for annotated pictures and videos, or for what --format yolo or labelme writes instead.",
     )(verb)
     verb = click.option(
         "--max-new-tokens",
@@ -94,10 +97,11 @@ def detect(
 ) -> None:
     """Find every instance of LABELS, such as "cat ; dog".
 
-    SOURCE is a picture, a folder of pictures or a glob pattern.
+    SOURCE is a picture, a folder of pictures, a glob pattern, a list (.txt), a video, - for a picture on standard
+    input, or a live source: rtsp://..., rtmp://..., /dev/video0, csi://0.
     """
 
-    def answer(model: PaliGemma, image: Path) -> Generation:
+    def answer(model: PaliGemma, image: ImageSource) -> Generation:
         found = model.detect(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
         return found.above(conf)
 
@@ -114,11 +118,11 @@ def segment(
 ) -> None:
     """Find every instance of LABELS with its mask.
 
-    SOURCE is a picture, a folder of pictures or a glob pattern; a label may be a whole phrase. Without a mask
-    decoder in the bundle (`paliedge export --mask-decoder`) there are only boxes.
+    SOURCE is as for `paliedge detect`; a label may be a whole phrase. Without a mask decoder in the bundle
+    (`paliedge export --mask-decoder`) there are only boxes.
     """
 
-    def answer(model: PaliGemma, image: Path) -> Generation:
+    def answer(model: PaliGemma, image: ImageSource) -> Generation:
         found = model.segment(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
         return found.above(conf)
 
@@ -141,7 +145,7 @@ def segment(
 def caption(source: str, lang: str, style: CaptionStyle, max_new_tokens: int | None, **rest: Any) -> None:
     """Describe each picture in one sentence."""
 
-    def answer(model: PaliGemma, image: Path) -> Generation:
+    def answer(model: PaliGemma, image: ImageSource) -> Generation:
         return model.caption(image, lang, style=style, max_new_tokens=max_new_tokens)
 
     _answer_all(source, answer, **rest)
@@ -183,44 +187,13 @@ def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -
     """Answer a free PROMPT in the model's own words, such as "caption de"."""
     from paliedge.prompt import find_box_request
 
-    def answer(model: PaliGemma, image: Path) -> Generation:
+    def answer(model: PaliGemma, image: ImageSource) -> Generation:
         return model.generate(image, prompt, max_new_tokens=max_new_tokens)
 
     _answer_all(source, answer, asked=find_box_request(prompt), **rest)
 
 
 VERBS = (detect, segment, caption, ask, question, ocr, predict)
-
-
-def find_sources(source: str) -> list[Path]:
-    """The pictures that SOURCE names, sorted.
-
-    Raises:
-        ImageError: there is none.
-    """
-    from paliedge.images import SUFFIXES
-
-    path = Path(source)
-    try:
-        if path.is_dir():
-            found = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
-        elif glob.has_magic(source) and not path.exists():
-            found = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
-        else:
-            found = [path]
-    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
-        raise ImageError(
-            expected=f"pictures at {source[:200]}",
-            found=getattr(error, "strerror", None) or "a name that cannot be",
-            action="Check the path and its permissions.",
-        ) from None
-    if not found:
-        raise ImageError(
-            expected=f"pictures at {source}",
-            found="none with a name that ends in " + ", ".join(SUFFIXES) if path.is_dir() else "no match",
-            action="Check the path or quote the pattern.",
-        )
-    return found
 
 
 def _asked(task: BoxTask, labels: str) -> BoxRequest:
@@ -235,6 +208,7 @@ def _answer_all(
     *,
     bundle: Path | None,
     options: BackendOptions,
+    frames: FrameOptions,
     save: Path | None,
     form: Format | None,
     asked: BoxRequest | None = None,
@@ -245,48 +219,143 @@ def _answer_all(
     `form` None is text; `asked` are the boxes that are asked for, if any.
     """
     from paliedge.formats import FOLDER_FORMATS, open_writer
+    from paliedge.sources import open_source
 
     writer = open_writer(form, partial(click.echo, nl=False), save, asked, free=free) if form else None
-    paths = find_sources(source)
-    model = load_model(bundle, options)
-    taken: set[Path] = {path.absolute() for path in paths}
-    show_progress = len(paths) > 1 and _is_terminal()
-    errors: list[PaliEdgeError] = []
+    items = open_source(source, frames, lambda line: click.echo(line, err=True))
+    saver = _Saver(save, items, has_boxes=asked is not None) if save and form not in FOLDER_FORMATS else None
+    run = _Run(load_model(bundle, options), answer, writer, saver, makes_files=form in FOLDER_FORMATS)
     try:
-        for index, path in enumerate(paths, 1):
-            if show_progress:
-                click.echo(f"[{index}/{len(paths)}] {path}", err=True)
-            try:
-                result = answer(model, path)
-                _write(path, result, writer)
-                if save and form not in FOLDER_FORMATS:
-                    _save(result, _free_name(save, path, taken))
-            except (ImageError, OutputError) as error:
-                errors.append(error)
-                _write_error(path, error, writer)
+        _run_all(run, items)
     finally:  # an error or ctrl-C must not lose the answers so far
-        if writer:
-            writer.finish()
-    if errors:
-        click.get_current_context().exit(SOME_FAILED if len(errors) < len(paths) else errors[0].exit_code)
+        run.finish()
+        if items.num_dropped:
+            click.echo(f"{items.num_dropped} frames were dropped because newer ones came (--buffer)", err=True)
+    if run.errors:
+        click.get_current_context().exit(SOME_FAILED if run.num_answers else run.errors[0].exit_code)
 
 
-def _write(source: Path, result: Generation, writer: Writer | None) -> None:
-    if not writer:
-        print_answer(str(source), result, as_json=False)
-        return
-    writer.add(source, result)
-    if not writer.tells_errors:
-        _warn_of_cut(str(source), result)
+def _run_all(run: _Run, items: Source) -> None:
+    show_progress = _is_terminal() and items.num_items not in (None, 1)
+    with closing(iter(items)) as found:
+        for index, item in enumerate(found, 1):
+            if show_progress:
+                click.echo(f"[{index}/{items.num_items}] {item.name}", err=True)
+            run.take(item)
 
 
-def _write_error(source: Path, error: PaliEdgeError, writer: Writer | None) -> None:
-    if writer and writer.tells_errors:
-        writer.fail(source, error)
-    else:
-        from paliedge.cli.main import print_error
+class _Run:
+    """What is done with each picture: ask, write the answer, save the annotated picture.
 
-        print_error(error, str(source))
+    Attributes:
+        errors: those of pictures, in order.
+        num_answers: pictures without an error.
+    """
+
+    def __init__(
+        self, model: PaliGemma, answer: _Answer, writer: Writer | None, saver: _Saver | None, *, makes_files: bool
+    ) -> None:
+        self.errors: list[PaliEdgeError] = []
+        self.num_answers = 0
+        self._model, self._answer = model, answer
+        self._writer, self._saver = writer, saver
+        self._makes_files = makes_files
+
+    def take(self, item: Item) -> None:
+        try:
+            if item.error:
+                raise item.error
+            result = self._answer(self._model, item.picture)
+            self._write(item, result)
+            if self._saver:
+                self._saver.save(item, result)
+            self.num_answers += 1
+        except (ImageError, OutputError) as error:
+            self._fail(item.name, error)
+
+    def finish(self) -> None:
+        """Close what is written; of an interrupted run too."""
+        try:
+            if self._saver:
+                try:
+                    self._saver.close()
+                except OutputError as error:
+                    self._fail(str(self._saver.folder), error)
+        finally:
+            if self._writer:
+                self._writer.finish()
+
+    def _write(self, item: Item, result: Generation) -> None:
+        if not self._writer:
+            print_answer(item.name, result, as_json=False)
+            return
+        is_frame = item.film and self._makes_files  # such a file is named after the frame as a picture
+        self._writer.add(Path(f"{item.stem}-{item.number}.png" if is_frame else item.name), result)
+        if not self._writer.tells_errors:
+            _warn_of_cut(item.name, result)
+
+    def _fail(self, name: str, error: PaliEdgeError) -> None:
+        self.errors.append(error)
+        if self._writer and self._writer.tells_errors:
+            self._writer.fail(Path(name), error)
+        else:
+            from paliedge.cli.main import print_error
+
+            print_error(error, name)
+
+
+class _Saver:
+    """Writes annotated pictures into a folder, and the frames of a video or live source as one video.
+
+    No file of the source and none of this run is overwritten.
+    """
+
+    def __init__(self, folder: Path, items: Source, *, has_boxes: bool) -> None:
+        self.folder = folder
+        self._taken = {path.absolute() for path in items.paths}
+        self._has_boxes = has_boxes
+        self._film: Path | None = None
+        self._number = -1
+        self._video: VideoWriter | None = None
+
+    def save(self, item: Item, result: Generation) -> None:
+        if item.film is None:
+            _save(result, self._free_name(item.stem, ".png"))
+            return
+        if item.film != self._film or item.number <= self._number:  # a list may name a video twice
+            self.close()
+            self._video, self._film = self._open(item.stem), item.film
+        self._number = item.number
+        if self._video:
+            self._video.add(self._plot(result), item.time_s)
+
+    def close(self) -> None:
+        """End the video that is being written."""
+        video, self._video, self._film = self._video, None, None
+        if video:
+            video.close()
+            click.echo(f"saved {video.path}", err=True)
+
+    def _open(self, stem: str) -> VideoWriter:
+        from paliedge.video import VideoWriter
+
+        return VideoWriter(self._free_name(stem, ".mp4"))
+
+    def _plot(self, result: Generation) -> Image.Image:
+        """As `Generation.plot`, but without a strip of text below where boxes were asked for and there are none."""
+        from paliedge.draw import draw_detections
+
+        if self._has_boxes and result.image:
+            return draw_detections(result.image, result.detections)
+        return result.plot()
+
+    def _free_name(self, stem: str, suffix: str) -> Path:
+        number, name = 1, f"{stem}{suffix}"
+        while (path := (self.folder / name).absolute()) in self._taken:
+            number += 1
+            name = f"{stem}-{number}{suffix}"
+        self._taken.add(path)
+        return self.folder / name
 
 
 def print_answer(source: str, result: Generation, as_json: bool) -> None:
@@ -321,13 +390,3 @@ def _save(result: Generation, path: Path) -> None:
 
 def _is_terminal() -> bool:
     return sys.stderr.isatty()
-
-
-def _free_name(folder: Path, source: Path, taken: set[Path]) -> Path:
-    """A name for the picture made from `source`; neither a source nor another picture of this run."""
-    for number in range(1, len(taken) + 2):
-        name = f"{source.stem}.png" if number == 1 else f"{source.stem}-{number}.png"
-        if (path := (folder / name).absolute()) not in taken:
-            break
-    taken.add(path)
-    return folder / name
