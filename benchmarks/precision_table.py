@@ -35,13 +35,22 @@ def quality_table() -> str:
             [
                 f"{one['precision']}, `{one['target']}`",
                 f"{scores['detect_ap50']:.4f}",
+                f"{scores['segment_mean_iou']:.3f}",
                 f"{scores['caption_exact_match']:.3f}",
                 f"{scores['counting_and_colour']:.3f}",
                 f"{scores['ocr_character_error_rate']:.3f}",
                 f"{gate['last_hidden']['mean']:.4f}",
             ]
         )
-    head = ("precision, target", "AP50", "caption, exact", "answers right", "OCR, error rate", "cosine of last states")
+    head = (
+        "precision, target",
+        "AP50",
+        "masks, IoU",
+        "caption, exact",
+        "answers right",
+        "OCR, error rate",
+        "cosine of last states",
+    )
     return _table(head, rows)
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.shapes.precisions --scenes 500
 
-Each is exported from the checkpoint and passes the export's own gate first. Graphs that are meant for
+Each is exported from the checkpoint and passes the export's own gate first, in a process of its own, as many
+at once as there are cores. Graphs that are meant for
 TensorRT run through ONNX Runtime, which computes what they say but not as fast.
 """
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import msgspec
 from benchmarks.machine import describe_machine
 from benchmarks.shapes.evaluate import evaluate
 from paliedge import PaliGemma
+from paliedge.backends import BackendOptions
 from paliedge.manifest import Precision
 from paliedge_export.exporter import export_bundle
 from paliedge_export.lowering import TARGETS
@@ -33,14 +37,15 @@ LOWERINGS = ("cpu", "jetpack6", "jetpack7")
 """`rtx` has jetpack7's graphs."""
 
 
-def measure(target: str, precision: str, num_scenes: int, work: Path, *, wide_vision: bool = False) -> dict[str, Any]:
+def measure(target: str, precision: str, wide_vision: bool, num_scenes: int, work: Path) -> dict[str, Any]:
     """Scores of one export, its gate's summary and its size; `wide_vision` keeps the vision encoder in 16 bits."""
     folder = work / f"{target}-{precision}-{wide_vision}"
     chosen = next(name for name in TARGETS[target].precisions if name == precision)
     with patch("paliedge_export.weights.quantized_bits", _bits_in_the_decoder) if wide_vision else nullcontext():
         manifest = export_bundle(str(CHECKPOINT), folder, targets=[target], precision=chosen)
-    with PaliGemma.load(folder) as model:
+    with PaliGemma.load(folder, BackendOptions(num_threads=1)) as model:
         scores = evaluate(model, num_scenes)
+    print(target, precision, json.dumps(scores), flush=True)
     return {
         "target": target,
         "precision": precision + (", vision encoder in fp16" if wide_vision else ""),
@@ -59,14 +64,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/shapes_precisions.json"))
     arguments = parser.parse_args()
-    exports = []
-    with tempfile.TemporaryDirectory() as work:
-        for target in LOWERINGS:
-            for precision in ("fp32", *LIMITS):
-                if precision in TARGETS[target].precisions:
-                    exports.append(measure(target, precision, arguments.scenes, Path(work)))
-                    print(target, precision, json.dumps(exports[-1]["scores"]), flush=True)
-        exports.append(measure("cpu", "int4", arguments.scenes, Path(work), wide_vision=True))
+    wanted = [
+        (target, precision, False)
+        for target in LOWERINGS
+        for precision in ("fp32", *LIMITS)
+        if precision in TARGETS[target].precisions
+    ]
+    wanted.append(("cpu", "int4", True))
+    with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [pool.submit(measure, *one, arguments.scenes, Path(work)) for one in wanted]
+        exports = [job.result() for job in jobs]
     content = {"machine": describe_machine(), "exports": exports}
     arguments.results.write_text(json.dumps(content, indent=2) + "\n")
     if faults := find_losses(exports):
