@@ -272,7 +272,7 @@ def test_shapes_tokens_of_tensorrts_graphs_are_the_references(shapes: Subject, t
         check_tokens(
             Subject(bundle, PaliGemma(bundle, OrtSession(bundle, target)), shapes.pairs[:24]),
             FP16_TOLERANCE,
-            max_ties=1,
+            max_ties=3,  # location targets were spread over neighbouring bins, whose scores are near
         )
 
 

@@ -304,11 +304,17 @@ class PaliGemma:
         prefix = self._tokenizer.encode_prefix(prompt, location_tokens=location_tokens)
         sources = _as_list(images)
         room = limits.prefix - len(sources) * self.manifest.model.vision.num_image_tokens
-        if len(prefix) > room or not sources:
+        if not sources or room < 1:
             raise UsageError(
-                expected=f"images and a prompt of at most {limits.prefix} tokens together, one image at least",
-                found=f"{len(sources)} images and a prompt of {len(prefix)} tokens, for which {max(room, 0)} are left",
-                action="Shorten it, or export the checkpoint again with --max-prompt-tokens or --max-images.",
+                expected=f"at least one image, and no more than {limits.prefix} tokens have room for",
+                found=f"{len(sources)} images",
+                action="Give fewer, or export the checkpoint again with --max-images.",
+            )
+        if len(prefix) > room:
+            raise UsageError(
+                expected=f"a prompt of at most {room} tokens",
+                found=f"{len(prefix)}",
+                action="Shorten it, or export the checkpoint again with --max-prompt-tokens.",
             )
         for source in sources:
             if isinstance(source, EncodedImage):

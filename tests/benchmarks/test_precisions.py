@@ -25,7 +25,7 @@ def exact() -> float:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_boxes_are_kept(precision: str, exact: float, tmp_path: Path) -> None:
     """40 scenes say less than the 500 of the stored results, whose limits are 0.01 and 0.02."""
-    found = measure("cpu", precision, False, NUM_SCENES, tmp_path)
+    found = measure("cpu", precision, NUM_SCENES, tmp_path)
     assert found["scores"]["detect_ap50"] > exact - 0.05
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from paliedge.building import PARTS
 from paliedge.bundle import Bundle
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
@@ -26,7 +27,7 @@ from tests.cli.test_predict import LABELS, SCENE, run
 from tests.paths import SHAPES_CHECKPOINT
 
 COMMAND = [sys.executable, "-c", "from paliedge.cli import main; main()"]
-PART = re.compile(r"built (vision_encoder|decoder) in \d+ s, \d+\.\d GB of host memory at its peak")
+PART = re.compile(r"built (vision_encoder|decoder|mask_decoder) in \d+ s, \d+\.\d GB of host memory at its peak")
 
 
 def run_without_gpu(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -80,20 +81,22 @@ def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_a_build_says_what_it_made(built: Built) -> None:
     (engine,) = Bundle(built.folder).manifest.engines
     assert (engine.flavour, engine.target, engine.precision, engine.compute_capability) == ("rtx", "rtx", "fp16", "any")
-    for line, plan in zip(built.stdout.splitlines(), (engine.vision_encoder, engine.decoder), strict=True):
+    assert engine.mask_decoder is not None
+    plans = (engine.vision_encoder, engine.decoder, engine.mask_decoder)
+    for line, plan in zip(built.stdout.splitlines(), plans, strict=True):
         size = (built.folder / plan.file).stat().st_size
-        assert size > 1_000_000
+        assert size > 100_000
         assert line == f"{built.folder / plan.file}: {size / 1e6:.1f} MB"
 
 
 def test_a_terminal_sees_progress_in_one_line_a_part(built: Built) -> None:
     shown = built.terminal.replace("\r\n", "\n").split("\n")
-    assert len(shown) == 7
+    assert len(shown) == 10
     assert shown.pop() == ""
-    for part, (starts, progress, ends) in zip(("vision_encoder", "decoder"), (shown[:3], shown[3:]), strict=True):
+    for part, (starts, progress, ends) in zip(PARTS, (shown[:3], shown[3:6], shown[6:]), strict=True):
         assert re.fullmatch(rf"building {part} for TensorRT for RTX \S+ from rtx's graphs", starts)
         steps = [int(step) for step in re.findall(rf"\r  {part} +(\d+)%", progress)]
-        assert len(steps) > 2
+        assert len(steps) > (0 if part == "mask_decoder" else 2)
         assert steps == sorted(steps)
         assert steps[-1] <= 100
         found = PART.fullmatch(ends)
@@ -153,11 +156,11 @@ def test_force_builds_again_without_progress_in_a_log(built: Built, tmp_path: Pa
     shutil.copytree(built.folder, folder)
     result = run("build", folder, "--flavour", "rtx", "--force", "--json")
     assert result.exit_code == 0
-    assert [bool(PART.fullmatch(line)) for line in result.stderr.splitlines()] == [False, True, False, True]
+    assert [bool(PART.fullmatch(line)) for line in result.stderr.splitlines()] == [False, True] * 3
     assert "%" not in result.stderr
     engine = json.loads(result.stdout)
     assert [engine] == json.loads(run("info", folder, "--json").stdout)["engines"]
-    plans = {engine[part]["file"] for part in ("vision_encoder", "decoder")}
+    plans = {engine[part]["file"] for part in PARTS}
     assert {path.name for path in folder.glob("*.plan")} == plans
     assert not list(folder.glob(".engines*"))
 

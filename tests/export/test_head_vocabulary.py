@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from benchmarks.shapes.calibration import FOLDER
+from benchmarks.shapes.precisions import INT4_BUDGET
 from benchmarks.shapes.scenes import CLASSES, HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
 from paliedge.bundle import Bundle
@@ -24,7 +25,8 @@ from tests.paths import SHAPES_CHECKPOINT
 
 
 def export(output: Path, vocabulary: str | None, precision: Precision = "fp32", target: str = "cpu") -> PaliGemma:
-    quantization = Quantization(head_vocabulary=vocabulary)
+    sensitivity = INT4_BUDGET if precision == "int4" else None
+    quantization = Quantization(head_vocabulary=vocabulary, sensitivity=sensitivity)
     export_bundle(
         str(SHAPES_CHECKPOINT),
         output,

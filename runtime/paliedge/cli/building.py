@@ -60,7 +60,7 @@ def build(bundle: Path, flavour: Flavour | None, workspace: int | None, force: b
         click.echo(msgspec.json.encode(engine))
         return
     files = Bundle(bundle, check_hashes=False).manifest.files
-    for plan in (engine.vision_encoder, engine.decoder):
+    for plan in filter(None, (engine.vision_encoder, engine.decoder, engine.mask_decoder)):
         click.echo(f"{bundle / plan.file}: {files[plan.file].size / 1e6:.1f} MB")
 
 
