@@ -110,7 +110,7 @@ def render() -> str:
     return "\n\n".join(
         (
             "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`; int4 with "
-            "`--sensitivity 50`, without which the gate refuses this small model):",
+            "`--sensitivity 50`; plain int4 of this small model is refused by the gate):",
             quality_table(),
             "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
             "of one interleaved run (`python -m benchmarks.precision_speed`). "

@@ -30,7 +30,8 @@ CHECKPOINT = Path("benchmarks/shapes/checkpoint")
 LIMITS = {"fp16": 0.01, "int8": 0.01, "int4": 0.02}
 """How much AP50 a precision may cost against fp32; captions may cost 0.02."""
 INT4_BUDGET = 0.5
-"""How much the weights may grow by layers that int4 keeps in 16 bits: with none, the gate refuses the shapes model."""
+"""How much the weights may grow by layers that int4 keeps in 16 bits: the gate refuses the shapes model with none, and
+its captions want more than the gate does."""
 LOWERINGS = ("cpu", "jetpack6", "jetpack7")
 """`rtx` has jetpack7's graphs."""
 
