@@ -130,20 +130,9 @@ def export_bundle(
     folder, config = tensors.folder, tensors.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
     check_precision(config, targets, chosen)
-    if quantization.sensitivity is not None and chosen not in QUANTIZED:
-        raise UsageError(
-            expected="int8 or int4, whose layers can be ranked by their error",
-            found=chosen,
-            action="Add --precision int8 or int4, or leave out --sensitivity.",
-        )
+    _check_quantization(chosen, quantization)
     tokens = read_tokens(folder)
     check_rows(tensors, tokens)
-    if chosen not in QUANTIZED and _statistics_file(quantization):
-        raise UsageError(
-            expected=f"a folder of images for --calibrate with {chosen}, which needs no statistics",
-            found=f"{quantization.calibrate}",
-            action="Name a folder of images, add --precision int8 or int4, or leave it out.",
-        )
     samples = _find_samples(folder, quantization)
     vocabulary = None
     if quantization.head_vocabulary:
@@ -166,6 +155,22 @@ def export_bundle(
     with publish_bundle(output) as staging:
         job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)
         return job.run(samples, compare=compare)
+
+
+def _check_quantization(precision: Precision, quantization: Quantization) -> None:
+    """Raise a UsageError for what only a quantised bundle can be asked."""
+    if quantization.sensitivity is not None and precision not in QUANTIZED:
+        raise UsageError(
+            expected="int8 or int4, whose layers can be ranked by their error",
+            found=precision,
+            action="Add --precision int8 or int4, or leave out --sensitivity.",
+        )
+    if precision not in QUANTIZED and _statistics_file(quantization):
+        raise UsageError(
+            expected=f"a folder of images for --calibrate with {precision}, which needs no statistics",
+            found=f"{quantization.calibrate}",
+            action="Name a folder of images, add --precision int8 or int4, or leave it out.",
+        )
 
 
 def _statistics_file(quantization: Quantization) -> Path | None:
