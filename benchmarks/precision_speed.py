@@ -60,7 +60,7 @@ def measure_bundle(folder: Path, num_threads: int) -> dict[str, Any]:
         step = session.prefill(cache, [features], embed(prompt), allowed)
         prefill, tokens, times = clock(), [step.token], []
         for token in forced:
-            step = session.decode(cache, embed([token])[0], allowed)
+            (step,) = session.decode(cache, embed([token]), [allowed])
             tokens.append(step.token)
             times.append(clock())
         return {"vision": vision, "prefill": prefill, "tokens": times, "answer": clock.total(), "chosen": tokens}

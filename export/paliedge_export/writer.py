@@ -165,6 +165,7 @@ def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout
         vision_encoder=_write_graph(folder, GraphBuilder("vision_encoder", lowering, vision, compute_type), add_vision),
         decoder=_write_graph(folder, GraphBuilder("decoder", lowering, decoder, compute_type), add_text),
         mask_decoder=None,
+        independent_rows=not (encoding.precision == "int8" and lowering.layout == "contrib"),
     )
 
 

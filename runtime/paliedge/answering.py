@@ -5,7 +5,8 @@ Knows no files and no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from paliedge.constraints import Rule
-from paliedge.decoding import GeneratedToken, decode_greedily
+from paliedge.decoding import GeneratedToken, Prefix, decode_greedily
 from paliedge.embedding import EmbeddingTable
+from paliedge.errors import PaliEdgeError
 from paliedge.locations import Detection, LocationParser, parse_locations
 from paliedge.manifest import Tokens
 from paliedge.masks import Mask
@@ -84,6 +86,14 @@ class Request:
     max_new_tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Pending(Prefix):
+    """A request with what is decoded for it so far."""
+
+    request: Request
+    steps: list[GeneratedToken] = field(default_factory=list)
+
+
 class Answerer:
     """Answers requests; may be shared between threads.
 
@@ -108,32 +118,35 @@ class Answerer:
         self._idle_caches.clear()
 
     @contextmanager
-    def _decode(self, request: Request) -> Iterator[Iterator[GeneratedToken]]:
-        """Decode with a cache that is nobody else's meanwhile and goes back afterwards."""
+    def _cache(self, batch: int) -> Iterator[Any]:
+        """A cache that is nobody else's meanwhile; one for a single request goes back afterwards."""
+        if batch > 1:
+            yield self._session.new_cache(batch)
+            return
         try:
             cache = self._idle_caches.pop()
         except IndexError:
             cache = self._session.new_cache()
         try:
-            yield decode_greedily(
-                self._session,
-                cache,
-                [image.features for image in request.images],
-                self._embed(request.prefix),
-                lambda token: self._embed([token])[0],
-                eos=self._tokens.eos,
-                rule=request.rule,
-                max_new_tokens=request.max_new_tokens,
-            )
+            yield cache
         finally:
             self._idle_caches.append(cache)
+
+    def _decode(
+        self, cache: Any, pending: Iterable[_Pending], batch: int = 1
+    ) -> Iterator[tuple[_Pending, GeneratedToken]]:
+        return decode_greedily(self._session, cache, pending, self._embed, eos=self._tokens.eos, batch=batch)
+
+    def _start(self, request: Request) -> _Pending:
+        features = [image.features for image in request.images]
+        return _Pending(features, self._embed(request.prefix), request.rule, request.max_new_tokens, request)
 
     def stream(self, request: Request) -> Iterator[Piece]:
         """The answer, a token at a time."""
         decoder, image_wh = self._tokenizer.decode_stream(), request.images[0].image_wh
         parser = LocationParser(self._tokens, self._tokenizer.decode, image_wh, request.images[0].frame)
-        with self._decode(request) as steps:
-            for count, step in enumerate(steps, 1):
+        with self._cache(1) as cache:
+            for count, (_, step) in enumerate(self._decode(cache, [self._start(request)]), 1):
                 if step.token == self._tokens.eos:
                     last = self._with_masks(parser.finish(), image_wh)
                     yield Piece("", step.token, step.log_prob, last, "stop")
@@ -153,10 +166,37 @@ class Answerer:
             for item in detections
         )
 
-    def answer(self, request: Request) -> Generation:
-        """The whole answer."""
-        with self._decode(request) as decoding:
-            steps = list(decoding)
+    def answer(
+        self, requests: Iterable[Request | PaliEdgeError], batch: int = 1
+    ) -> Iterator[Generation | PaliEdgeError]:
+        """Whole answers in the order of the requests, of which up to `batch` are decoded together.
+
+        An error that stands in place of a request comes out in its turn.
+        """
+        line: deque[_Pending | PaliEdgeError] = deque()
+        batch = min(batch, self._session.max_batch)
+        with self._cache(batch) as cache:
+            for pending, step in self._decode(cache, self._line_up(requests, line), batch):
+                pending.steps.append(step)
+                while line and (isinstance(first := line[0], PaliEdgeError) or self._has_ended(first)):
+                    line.popleft()
+                    yield first if isinstance(first, PaliEdgeError) else self._read(first.request, first.steps)
+        yield from (left for left in line if isinstance(left, PaliEdgeError))
+
+    def _line_up(
+        self, requests: Iterable[Request | PaliEdgeError], line: deque[_Pending | PaliEdgeError]
+    ) -> Iterator[_Pending]:
+        for one in requests:
+            line.append(one if isinstance(one, PaliEdgeError) else self._start(one))
+            if isinstance(last := line[-1], _Pending):
+                yield last
+
+    def _has_ended(self, pending: _Pending) -> bool:
+        steps = pending.steps
+        return bool(steps) and (steps[-1].token == self._tokens.eos or len(steps) == pending.max_new_tokens)
+
+    def _read(self, request: Request, steps: list[GeneratedToken]) -> Generation:
+        """The answer that the tokens make."""
         stopped = steps[-1].token == self._tokens.eos
         kept = steps[:-1] if stopped else steps
         ids, log_probs = tuple(step.token for step in kept), tuple(step.log_prob for step in kept)

@@ -179,7 +179,8 @@ class Target(_Strict, frozen=True):
 
     `cache_update` says who stores the new rows: "rows", the graph returns them and the runtime copies
     them into the cache; "in_place", the graph writes them at `write_index` and each cache output lies
-    where its input does. Without a `mask_decoder` segmentation tokens stay codes.
+    where its input does. Without a `mask_decoder` segmentation tokens stay codes. The rows of a batch are
+    not independent where the graph measures a scale over all tokens at hand.
     """
 
     precision: Precision
@@ -187,6 +188,7 @@ class Target(_Strict, frozen=True):
     vision_encoder: Graph
     decoder: Graph
     mask_decoder: Graph | None
+    independent_rows: bool = True
 
 
 class Range(_Strict, frozen=True):

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from paliedge.answering import Answerer, EncodedImage, Piece, Request
 from paliedge.backends import BackendOptions, open_session
 from paliedge.bundle import Bundle
 from paliedge.constraints import BoxRule, Rule, anything
 from paliedge.embedding import EmbeddingTable
-from paliedge.errors import UsageError
+from paliedge.errors import PaliEdgeError, UsageError
 from paliedge.images import ImageSource, load_image
 from paliedge.manifest import Vocabulary
+from paliedge.prefetch import read_ahead
 from paliedge.preprocess import Preprocessor
-from paliedge.prompt import BoxRequest, BoxTask, PromptTokenizer, fill, find_box_request, split_labels
+from paliedge.prompt import (
+    BoxRequest,
+    CaptionStyle,
+    Prompt,
+    PromptTokenizer,
+    answer_prompt,
+    box_prompt,
+    caption_prompt,
+    find_box_request,
+    ocr_prompt,
+    question_prompt,
+)
 from paliedge.results import Generation
 from paliedge.session import Session
 
@@ -26,8 +40,26 @@ SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
 """A small PaliGemma that knows coloured shapes and printed words."""
 DEFAULT_OPTIONS = BackendOptions()
 Images: TypeAlias = "ImageSource | EncodedImage | Sequence[ImageSource | EncodedImage]"
-CaptionStyle = Literal["caption", "cap", "describe"]
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt and how it is to be answered, see `PaliGemma.generate`."""
+
+    prompt: str | Prompt
+    max_new_tokens: int | None
+    location_tokens: bool
+    free: bool
+    only_asked: bool
+
+    @property
+    def text(self) -> str:
+        return self.prompt.text if isinstance(self.prompt, Prompt) else self.prompt
+
+    @property
+    def boxes(self) -> BoxRequest | None:
+        return self.prompt.boxes if isinstance(self.prompt, Prompt) else find_box_request(self.prompt)
 
 
 class PaliGemma:
@@ -112,7 +144,7 @@ class PaliGemma:
     def generate(
         self,
         image: Images,
-        prompt: str,
+        prompt: str | Prompt,
         *,
         max_new_tokens: int | None = None,
         location_tokens: bool = True,
@@ -140,13 +172,61 @@ class PaliGemma:
             UsageError: the prompt or `max_new_tokens` is over the bundle's limit, or the bundle's reduced
                 head cannot answer the prompt.
         """
-        rule = self._rule(find_box_request(prompt), free, only_asked)
-        return self._answerer.answer(self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr))
+        asked = _Asked(prompt, max_new_tokens, location_tokens, free, only_asked)
+        (answer,) = self._answerer.answer([self._prepare(_as_list(image), asked, bgr)])
+        assert isinstance(answer, Generation)
+        return answer
+
+    def generate_batch(
+        self,
+        requests: Iterable[tuple[Images, str | Prompt]],
+        *,
+        batch_size: int = 8,
+        overlap: bool = False,
+        on_error: Callable[[PaliEdgeError], None] | None = None,
+        max_new_tokens: int | None = None,
+        location_tokens: bool = True,
+        free: bool = False,
+        only_asked: bool = False,
+        bgr: bool = False,
+    ) -> Iterator[Generation]:
+        """Like `generate`, for many pairs of images and a prompt; the answers come in their order.
+
+        Requests are taken as there is room for them. Vision encoder and prefill run for each request alone; decode
+        steps are shared. For many prompts on one image give what `encode` made of it.
+
+        Args:
+            requests: pairs as `generate` takes them.
+            batch_size: requests that are decoded together, at most 64, where the engine can: not on TensorRT, whose
+                engines are built for one, and not with int8 graphs on the CPU, where it would change answers.
+            overlap: encode the next request's images while this one is decoded. A frame of a camera is then
+                older when its answer comes.
+            on_error: gets the error of a request that cannot be answered, in its turn, and the others are done;
+                without it the error is raised.
+            max_new_tokens, location_tokens, free, only_asked, bgr: see `generate`.
+        """
+        if batch_size < 1:
+            raise UsageError(expected="a batch_size from 1 on", found=f"{batch_size}", action="Give a larger one.")
+        asked = partial(
+            _Asked,
+            max_new_tokens=max_new_tokens,
+            location_tokens=location_tokens,
+            free=free,
+            only_asked=only_asked,
+        )
+        prepared = (self._try_to_prepare(_as_list(images), asked(prompt), bgr) for images, prompt in requests)
+        for found in self._answerer.answer(read_ahead(prepared) if overlap else prepared, batch_size):
+            if isinstance(found, Generation):
+                yield found
+            elif on_error:
+                on_error(found)
+            else:
+                raise found
 
     def stream(
         self,
         image: Images,
-        prompt: str,
+        prompt: str | Prompt,
         *,
         max_new_tokens: int | None = None,
         location_tokens: bool = True,
@@ -159,8 +239,8 @@ class PaliGemma:
         The pieces' texts joined are its text, but for bytes that make no character; their detections
         together are its detections.
         """
-        rule = self._rule(find_box_request(prompt), free, only_asked)
-        return self._answerer.stream(self._prepare(image, prompt, rule, max_new_tokens, location_tokens, bgr))
+        asked = _Asked(prompt, max_new_tokens, location_tokens, free, only_asked)
+        return self._answerer.stream(self._prepare(_as_list(image), asked, bgr))
 
     def detect(
         self,
@@ -179,7 +259,8 @@ class PaliGemma:
         Raises:
             UsageError: no label, or too many for the bundle's limits.
         """
-        return self._find("detect", image, labels, free, only_asked, max_new_tokens, bgr)
+        prompt = box_prompt(self.manifest.prompts, "detect", labels)
+        return self.generate(image, prompt, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked, bgr=bgr)
 
     def segment(
         self,
@@ -198,7 +279,8 @@ class PaliGemma:
         Raises:
             UsageError: no label, or too many for the bundle's limits.
         """
-        return self._find("segment", image, labels, free, only_asked, max_new_tokens, bgr)
+        prompt = box_prompt(self.manifest.prompts, "segment", labels)
+        return self.generate(image, prompt, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked, bgr=bgr)
 
     def caption(
         self,
@@ -213,7 +295,7 @@ class PaliGemma:
 
         The styles "cap" and "describe" are those of pre-trained checkpoints: as raw as on the web, and longer.
         """
-        prompt = fill(getattr(self.manifest.prompts, style), lang=lang)
+        prompt = caption_prompt(self.manifest.prompts, lang, style)
         return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def ask(
@@ -226,7 +308,7 @@ class PaliGemma:
         bgr: bool = False,
     ) -> Generation:
         """Answer a question about the image."""
-        prompt = fill(self.manifest.prompts.answer, lang=lang, question=question)
+        prompt = answer_prompt(self.manifest.prompts, question, lang)
         return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def question(
@@ -239,70 +321,42 @@ class PaliGemma:
         bgr: bool = False,
     ) -> Generation:
         """Ask the question about the image that has this answer; a task of pre-trained checkpoints."""
-        prompt = fill(self.manifest.prompts.question, lang=lang, answer=answer)
+        prompt = question_prompt(self.manifest.prompts, answer, lang)
         return self.generate(image, prompt, max_new_tokens=max_new_tokens, bgr=bgr)
 
     def ocr(self, image: Images, *, max_new_tokens: int | None = None, bgr: bool = False) -> Generation:
         """Read the text in the image."""
-        return self.generate(image, self.manifest.prompts.ocr, max_new_tokens=max_new_tokens, bgr=bgr)
+        return self.generate(image, ocr_prompt(self.manifest.prompts), max_new_tokens=max_new_tokens, bgr=bgr)
 
-    def _find(
-        self,
-        task: BoxTask,
-        image: Images,
-        labels: str | Sequence[str],
-        free: bool,
-        only_asked: bool,
-        max_new_tokens: int | None,
-        bgr: bool,
-    ) -> Generation:
-        asked = split_labels(labels) if isinstance(labels, str) else list(labels)
-        if not any(label.strip() for label in asked):
-            raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
-        text = labels if isinstance(labels, str) else " ; ".join(labels)
-        template: str = getattr(self.manifest.prompts, task)
-        rule = self._rule(BoxRequest(task, asked), free, only_asked)
-        return self._answerer.answer(
-            self._prepare(image, fill(template, labels=text), rule, max_new_tokens, location_tokens=True, bgr=bgr)
-        )
-
-    def _rule(self, asked: BoxRequest | None, free: bool, only_asked: bool) -> Rule:
-        tokens = self.manifest.tokens
-        if only_asked and (free or not asked):
+    def _rule(self, asked: _Asked) -> Rule:
+        tokens, boxes = self.manifest.tokens, asked.boxes
+        if asked.only_asked and (asked.free or not boxes):
             raise UsageError(
                 expected="a `detect` or `segment` prompt, not free, to restrict the labels of",
-                found="a free answer" if free else "another prompt",
+                found="a free answer" if asked.free else "another prompt",
                 action="Leave out one of the two.",
             )
-        if free or not asked:
+        if asked.free or not boxes:
             return anything(tokens)
-        if not only_asked:
-            return BoxRule(tokens, masks=asked.task == "segment")
-        labels, separators = zip(*map(self._tokenizer.encode_label, asked.labels), strict=True)
-        return BoxRule(tokens, masks=asked.task == "segment", labels=labels, separator=separators[0])
+        if not asked.only_asked:
+            return BoxRule(tokens, masks=boxes.task == "segment")
+        labels, separators = zip(*map(self._tokenizer.encode_label, boxes.labels), strict=True)
+        return BoxRule(tokens, masks=boxes.task == "segment", labels=labels, separator=separators[0])
 
-    def _prepare(
-        self,
-        images: Images,
-        prompt: str,
-        rule: Rule,
-        max_new_tokens: int | None,
-        location_tokens: bool,
-        bgr: bool,
-    ) -> Request:
+    def _prepare(self, sources: Sequence[ImageSource | EncodedImage], asked: _Asked, bgr: bool) -> Request:
         """Check everything that can be wrong, then encode the images."""
         limits = self.manifest.limits
-        limit = limits.new_tokens if max_new_tokens is None else max_new_tokens
+        limit = limits.new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
         if not 1 <= limit <= limits.new_tokens:
             raise UsageError(
                 expected=f"max_new_tokens from 1 to {limits.new_tokens}",
                 found=f"{limit}",
                 action="For longer answers export the checkpoint again with --max-new-tokens.",
             )
+        rule = self._rule(asked)
         if self.manifest.vocabulary:
-            self._check_task(prompt, self.manifest.vocabulary)
-        prefix = self._tokenizer.encode_prefix(prompt, location_tokens=location_tokens)
-        sources = _as_list(images)
+            self._check_task(asked.text, self.manifest.vocabulary)
+        prefix = self._tokenizer.encode_prefix(asked.text, location_tokens=asked.location_tokens)
         room = limits.prefix - len(sources) * self.manifest.model.vision.num_image_tokens
         if not sources or room < 1:
             raise UsageError(
@@ -322,6 +376,14 @@ class PaliGemma:
         encoded = [source if isinstance(source, EncodedImage) else self.encode(source, bgr=bgr) for source in sources]
         fresh = [one for one, source in zip(encoded, sources, strict=True) if one is not source]
         return Request(tuple(encoded), tuple(fresh), prefix, rule, limit)
+
+    def _try_to_prepare(
+        self, sources: Sequence[ImageSource | EncodedImage], asked: _Asked, bgr: bool
+    ) -> Request | PaliEdgeError:
+        try:
+            return self._prepare(sources, asked, bgr)
+        except PaliEdgeError as error:
+            return error
 
     def _check_features(self, image: EncodedImage) -> None:
         shape = (self.manifest.model.vision.num_image_tokens, self.manifest.model.text.hidden_size)

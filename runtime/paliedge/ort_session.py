@@ -33,6 +33,7 @@ except (ImportError, OSError, AttributeError) as error:
     ) from None
 
 VERSION: str = ort.__version__
+_MAX_BATCH = 64
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
@@ -44,41 +45,55 @@ class OrtCache:
     graph updates the cache itself, each cache output to the buffer of its input.
     """
 
-    def __init__(self, session: ort.InferenceSession, target: Target, hidden_size: int, capacity: int) -> None:
-        self.length = 0
-        self.prefix_length = np.empty(1, np.int64)
-        self.allowed_ids = np.empty((1, 2), np.int64)
-        self.next_token = np.empty(1, np.int64)
-        self.log_prob = np.empty(1, np.float32)
+    def __init__(
+        self, session: ort.InferenceSession, target: Target, hidden_size: int, capacity: int, batch: int
+    ) -> None:
+        self.lengths = np.zeros(batch, np.int64)
+        self.prefix_lengths = np.empty(batch, np.int64)
+        self.allowed_ids = np.empty((batch, 2), np.int64)
+        self.next_tokens = np.empty(batch, np.int64)
+        self.log_probs = np.empty(batch, np.float32)
         self.buffers: dict[str, npt.NDArray[np.generic]] = {}
-        self.rows: dict[str, npt.NDArray[np.generic]] = {}
+        self.new_rows: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in target.decoder.inputs:
             if tensor.name.startswith("past_key_values."):
                 heads, dim = tensor.shape[1], tensor.shape[3]
                 assert isinstance(heads, int)
                 assert isinstance(dim, int)
-                self.buffers[tensor.name] = np.zeros((1, heads, capacity, dim), tensor.dtype)
+                self.buffers[tensor.name] = np.zeros((batch, heads, capacity, dim), tensor.dtype)
                 if target.cache_update == "rows":
-                    self.rows[tensor.name] = np.empty((1, heads, 1, dim), tensor.dtype)
-        self.inputs_embeds = np.empty((1, 1, hidden_size), np.float32)
-        self.position_ids = np.empty((1, 1), np.int64)
-        self.binding = self.bind(session, self.inputs_embeds, self.position_ids)
+                    self.new_rows[tensor.name] = np.empty((batch, heads, 1, dim), tensor.dtype)
+        self.inputs_embeds = np.empty((batch, 1, hidden_size), np.float32)
+        self.position_ids = np.empty((batch, 1), np.int64)
+        self._session = session
+        self._decode_bindings: dict[int, ort.IOBinding] = {}
 
-    def bind(
-        self, session: ort.InferenceSession, inputs_embeds: FloatArray, position_ids: npt.NDArray[np.int64]
-    ) -> ort.IOBinding:
-        """Bind a step on S tokens, inputs_embeds [1, S, H] and position_ids [1, S], to this cache."""
-        binding = session.io_binding()
+    def bind_decode(self, batch: int) -> ort.IOBinding:
+        """The binding of a decode step on the first `batch` rows."""
+        if batch not in self._decode_bindings:
+            rows = slice(0, batch)
+            self._decode_bindings[batch] = self.bind(rows, self.inputs_embeds[rows], self.position_ids[rows])
+        return self._decode_bindings[batch]
+
+    def bind(self, rows: slice, inputs_embeds: FloatArray, position_ids: npt.NDArray[np.int64]) -> ort.IOBinding:
+        """Bind a step on S tokens, inputs_embeds [B, S, H] and position_ids [B, S], to rows of this cache."""
+        binding = self._session.io_binding()
         binding.bind_cpu_input("inputs_embeds", inputs_embeds)
         binding.bind_cpu_input("position_ids", position_ids)
-        for name in ("prefix_length", "allowed_ids"):
-            binding.bind_cpu_input(name, getattr(self, name))
-        for name in ("next_token", "log_prob"):
-            _bind_output(binding, name, getattr(self, name))
+        binding.bind_cpu_input("prefix_length", self.prefix_lengths[rows])
+        binding.bind_cpu_input("allowed_ids", self.allowed_ids[rows])
+        _bind_output(binding, "next_token", self.next_tokens[rows])
+        _bind_output(binding, "log_prob", self.log_probs[rows])
         for name, buffer in self.buffers.items():
-            binding.bind_cpu_input(name, buffer)
-            _bind_output(binding, present_name(name), self.rows.get(name, buffer))
+            binding.bind_cpu_input(name, buffer[rows])
+            _bind_output(binding, present_name(name), self.new_rows.get(name, buffer)[rows])
         return binding
+
+    def steps(self, rows: slice) -> list[Step]:
+        """What the last step put out for `rows`."""
+        return [
+            Step(*pair) for pair in zip(self.next_tokens[rows].tolist(), self.log_probs[rows].tolist(), strict=True)
+        ]
 
 
 class OrtSession:
@@ -103,6 +118,7 @@ class OrtSession:
         manifest = bundle.manifest
         self._target = bundle.target(target)
         self.has_mask_decoder = self._target.mask_decoder is not None
+        self.max_batch = _MAX_BATCH if self._target.independent_rows else 1
         self._hidden_size = manifest.model.text.hidden_size
         self._capacity = manifest.limits.capacity
         self._num_threads = num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -124,48 +140,64 @@ class OrtSession:
         image_features: FloatArray = features[0]
         return image_features
 
-    def new_cache(self) -> OrtCache:
-        return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity)
+    def new_cache(self, batch: int = 1) -> OrtCache:
+        return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity, batch)
 
     def close(self) -> None:
         del self._vision, self._decoder, self._masks
 
     def prefill(
-        self, cache: OrtCache, image_features: Sequence[FloatArray], prompt_embeds: FloatArray, allowed: IdRange
+        self,
+        cache: OrtCache,
+        image_features: Sequence[FloatArray],
+        prompt_embeds: FloatArray,
+        allowed: IdRange,
+        row: int = 0,
     ) -> Step:
         inputs_embeds = np.concatenate([*image_features, prompt_embeds])[None]
         length = inputs_embeds.shape[1]
         position_ids = np.arange(1, length + 1)[None]
-        cache.length = length
-        cache.prefix_length[0] = length
-        cache.allowed_ids[0] = allowed
+        rows = slice(row, row + 1)
+        cache.lengths[row] = cache.prefix_lengths[row] = length
+        cache.allowed_ids[row] = allowed
         if self._target.cache_update == "in_place":
-            self._decoder.run_with_iobinding(cache.bind(self._decoder, inputs_embeds, position_ids))
-            return Step(int(cache.next_token[0]), float(cache.log_prob[0]))
+            self._decoder.run_with_iobinding(cache.bind(rows, inputs_embeds, position_ids))
+            return cache.steps(rows)[0]
         inputs = self._empty | {
             "inputs_embeds": inputs_embeds,
             "position_ids": position_ids,
-            "prefix_length": cache.prefix_length,
-            "allowed_ids": cache.allowed_ids,
+            "prefix_length": cache.prefix_lengths[rows],
+            "allowed_ids": cache.allowed_ids[rows],
         }
         outputs = dict(zip(self._prefill_outputs, self._decoder.run(self._prefill_outputs, inputs), strict=True))
         for name, buffer in cache.buffers.items():
-            buffer[:, :, :length] = outputs[present_name(name)]
+            buffer[rows, :, :length] = outputs[present_name(name)]
         return Step(int(outputs["next_token"][0]), float(outputs["log_prob"][0]))
 
-    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
-        cache.inputs_embeds[0, 0] = inputs_embeds
-        cache.position_ids[0, 0] = cache.length + 1
-        step = self.repeat_decode(cache, allowed)
-        for name, rows in cache.rows.items():
-            cache.buffers[name][:, :, cache.length] = rows[:, :, 0]
-        cache.length += 1
-        return step
+    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
+        batch = len(inputs_embeds)
+        cache.inputs_embeds[:batch, 0] = inputs_embeds
+        cache.position_ids[:batch, 0] = cache.lengths[:batch] + 1
+        steps = self.repeat_decode(cache, allowed)
+        for name, new in cache.new_rows.items():
+            buffer = cache.buffers[name]
+            for row in range(batch):
+                buffer[row, :, cache.lengths[row]] = new[row, :, 0]
+        cache.lengths[:batch] += 1
+        return steps
 
-    def repeat_decode(self, cache: OrtCache, allowed: IdRange) -> Step:
-        cache.allowed_ids[0] = allowed
-        self._decoder.run_with_iobinding(cache.binding)
-        return Step(int(cache.next_token[0]), float(cache.log_prob[0]))
+    def repeat_decode(self, cache: OrtCache, allowed: Sequence[IdRange]) -> list[Step]:
+        batch = len(allowed)
+        cache.allowed_ids[:batch] = allowed
+        self._decoder.run_with_iobinding(cache.bind_decode(batch))
+        return cache.steps(slice(0, batch))
+
+    def move_row(self, cache: OrtCache, source: int, target: int) -> None:
+        length = cache.lengths[source]
+        for lengths in (cache.lengths, cache.prefix_lengths):
+            lengths[target] = lengths[source]
+        for buffer in cache.buffers.values():
+            buffer[target, :, :length] = buffer[source, :, :length]
 
     def decode_masks(self, codes: IntArray) -> FloatArray:
         if self._masks is None:

@@ -15,11 +15,14 @@ from typing import Literal, NamedTuple
 from tokenizers import AddedToken, Tokenizer
 
 from paliedge.errors import BundleError, UsageError
-from paliedge.manifest import Tokens
+from paliedge.manifest import Prompts, Tokens
 
 MAX_PROMPT_CHARACTERS = 100_000
 BoxTask = Literal["detect", "segment"]
 _BOX_TASK = re.compile(r"\A\s*(detect|segment)\s+(\S.*)\Z")
+
+
+CaptionStyle = Literal["caption", "cap", "describe"]
 
 
 class BoxRequest(NamedTuple):
@@ -27,6 +30,52 @@ class BoxRequest(NamedTuple):
 
     task: BoxTask
     labels: list[str]
+
+
+class Prompt(NamedTuple):
+    """A prompt in the model's own words, and the boxes that it asks for, if any."""
+
+    text: str
+    boxes: BoxRequest | None = None
+
+
+def free_prompt(text: str) -> Prompt:
+    """Any prompt as it is; one that begins with `detect` or `segment` asks for boxes."""
+    return Prompt(text, find_box_request(text))
+
+
+def box_prompt(prompts: Prompts, task: BoxTask, labels: str | Sequence[str]) -> Prompt:
+    """Every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
+
+    Raises:
+        UsageError: there is no label.
+    """
+    asked = split_labels(labels) if isinstance(labels, str) else list(labels)
+    if not any(label.strip() for label in asked):
+        raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
+    text = labels if isinstance(labels, str) else " ; ".join(labels)
+    template: str = getattr(prompts, task)
+    return Prompt(fill(template, labels=text), BoxRequest(task, asked))
+
+
+def caption_prompt(prompts: Prompts, lang: str = "en", style: CaptionStyle = "caption") -> Prompt:
+    """One sentence about the image; `lang` is a language code."""
+    return Prompt(fill(getattr(prompts, style), lang=lang))
+
+
+def answer_prompt(prompts: Prompts, question: str, lang: str = "en") -> Prompt:
+    """A question about the image."""
+    return Prompt(fill(prompts.answer, lang=lang, question=question))
+
+
+def question_prompt(prompts: Prompts, answer: str, lang: str = "en") -> Prompt:
+    """The question about the image that has this answer."""
+    return Prompt(fill(prompts.question, lang=lang, answer=answer))
+
+
+def ocr_prompt(prompts: Prompts) -> Prompt:
+    """The text in the image."""
+    return Prompt(prompts.ocr)
 
 
 def find_box_request(prompt: str) -> BoxRequest | None:

@@ -32,10 +32,12 @@ class Session(Protocol[CacheT, FeaturesT]):
     Attributes:
         has_device_clock: steps carry `device_ms`.
         has_mask_decoder: `decode_masks` works.
+        max_batch: requests that one cache may hold without changing each other's answers.
     """
 
     has_device_clock: bool
     has_mask_decoder: bool
+    max_batch: int
 
     def encode_image(self, pixel_values: FloatArray) -> FeaturesT:
         """pixel_values [1, 3, S, S] -> image_features, which stay where the decoder wants them.
@@ -44,8 +46,8 @@ class Session(Protocol[CacheT, FeaturesT]):
         """
         ...
 
-    def new_cache(self) -> CacheT:
-        """A KV cache of the bundle's capacity, for one request at a time."""
+    def new_cache(self, batch: int = 1) -> CacheT:
+        """A KV cache of the bundle's capacity, with a row for each of `batch` requests at a time."""
         ...
 
     def close(self) -> None:
@@ -53,17 +55,26 @@ class Session(Protocol[CacheT, FeaturesT]):
         ...
 
     def prefill(
-        self, cache: CacheT, image_features: Sequence[FeaturesT], prompt_embeds: FloatArray, allowed: IdRange
+        self,
+        cache: CacheT,
+        image_features: Sequence[FeaturesT],
+        prompt_embeds: FloatArray,
+        allowed: IdRange,
+        row: int = 0,
     ) -> Step:
-        """Start over with each image's features [N, H] and then prompt_embeds [S, H]; returns the first token."""
+        """Start `row` over with each image's features [N, H] and then prompt_embeds [S, H]; returns the first token."""
         ...
 
-    def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
-        """Append one token inputs_embeds [H]; returns the next one."""
+    def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
+        """Append one token to each of the first rows, inputs_embeds [B, H]; returns their next ones."""
         ...
 
-    def repeat_decode(self, cache: CacheT, allowed: IdRange) -> Step:
-        """The last decode step once more, with another range: the cache stays as it is."""
+    def repeat_decode(self, cache: CacheT, allowed: Sequence[IdRange]) -> list[Step]:
+        """The last decode step once more, with other ranges: the cache stays as it is."""
+        ...
+
+    def move_row(self, cache: CacheT, source: int, target: int) -> None:
+        """Put the request of row `source` in the place of row `target`'s."""
         ...
 
     def decode_masks(self, codes: IntArray) -> FloatArray:

@@ -61,6 +61,8 @@ class TrtSession:
     """
 
     has_device_clock = True
+    max_batch = 1
+    """Engines are built for one request, as it comes from a camera; further ones wait."""
 
     def __init__(
         self,
@@ -130,7 +132,8 @@ class TrtSession:
             self._stream.copy(buffer.address, vision.features.address, buffer.num_bytes)
             return DeviceFeatures(buffer, self._features_shape, self, self._finish())
 
-    def new_cache(self) -> TrtCache:
+    def new_cache(self, batch: int = 1) -> TrtCache:
+        assert batch == 1
         with self._working():
             hidden_size = self._features_shape[1]
             inputs = (
@@ -146,7 +149,12 @@ class TrtSession:
             return cache
 
     def prefill(
-        self, cache: TrtCache, image_features: Sequence[DeviceFeatures], prompt_embeds: FloatArray, allowed: IdRange
+        self,
+        cache: TrtCache,
+        image_features: Sequence[DeviceFeatures],
+        prompt_embeds: FloatArray,
+        allowed: IdRange,
+        row: int = 0,
     ) -> Step:
         parts: list[DeviceFeatures | FloatArray] = [
             one if isinstance(one, DeviceFeatures) and one._session is self else np.asarray(one, np.float32)
@@ -167,22 +175,25 @@ class TrtSession:
             cache.small.download(self._stream)
             return self._read_step(cache)
 
-    def decode(self, cache: TrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
+    def decode(self, cache: TrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
         with self._working():
             decoder = self._load_decoder()
             decoder.bind(cache, self._stream)
-            cache.small.arrays["inputs_embeds"][0, 0] = inputs_embeds
+            cache.small.arrays["inputs_embeds"][0] = inputs_embeds
             cache.small.arrays["position_ids"][0, 0] = cache.length + 1
             self._launch_decode(cache, allowed)
             decoder.store_rows(cache, cache.length, 1, self._stream)
             cache.length += 1
-            return self._read_step(cache)
+            return [self._read_step(cache)]
 
-    def repeat_decode(self, cache: TrtCache, allowed: IdRange) -> Step:
+    def repeat_decode(self, cache: TrtCache, allowed: Sequence[IdRange]) -> list[Step]:
         with self._working():
             self._load_decoder().bind(cache, self._stream)
             self._launch_decode(cache, allowed)
-            return self._read_step(cache)
+            return [self._read_step(cache)]
+
+    def move_row(self, cache: TrtCache, source: int, target: int) -> None:
+        assert source == target == 0
 
     def decode_masks(self, codes: IntArray) -> FloatArray:
         with self._working():
@@ -207,9 +218,9 @@ class TrtSession:
         """Take back the memory of image features that nobody holds any more."""
         self._idle_features.append(buffer)
 
-    def _launch_decode(self, cache: TrtCache, allowed: IdRange) -> None:
+    def _launch_decode(self, cache: TrtCache, allowed: Sequence[IdRange]) -> None:
         """A decode step on what lies in the cache's small tensors; its clock begins here."""
-        cache.small.arrays["allowed_ids"][0] = allowed
+        cache.small.arrays["allowed_ids"][:] = allowed
         if self._use_cuda_graph and cache.warm and cache.graph is None:
             with self._stream.capture() as captured:
                 self._enqueue_decode(cache)

@@ -295,16 +295,43 @@ def test_polygons_are_missed_before_any_picture_is_answered(
     assert run("detect", SCENE, LABELS, "--format", form, "--save", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.parametrize("options", [["--batch", "2"], ["--batch", "9", "--overlap"], ["--overlap"]])
+def test_batch_and_overlap_change_neither_answers_nor_their_order(tmp_path: Path, options: list[str]) -> None:
+    names = [DEMO_SCENES / scene["file"] for scene in SCENES]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "list.txt").write_text("\n".join(map(str, [names[0], tmp_path / "bad.png", "absent.png", *names[1:]])))
+    answers = []
+    for given in ([], options):
+        result = run("detect", tmp_path / "list.txt", LABELS, "--json", *given)
+        assert result.exit_code == 6
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [Path(row["source"]).name for row in rows][:3] == [names[0].name, "bad.png", "absent.png"]
+        assert ["error" in row for row in rows] == [False, True, True, *[False] * (len(names) - 1)]
+        answers.append(
+            [
+                {
+                    **row,
+                    "timings": None,
+                    "speed": None,
+                    "log_probs": None,
+                    "detections": [(found["label"], found["box"]) for found in row.get("detections", [])],
+                }
+                for row in rows
+            ]
+        )
+    assert answers[0] == answers[1]
+
+
 def test_an_error_in_the_middle_keeps_the_answers_so_far(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    caption, calls = PaliGemma.caption, []
+    encode, calls = PaliGemma.encode, []
 
     def fail_at_the_second(*arguments: object, **options: object) -> object:
         calls.append(arguments)
         if len(calls) == 2:
             raise DeviceError(expected="a GPU", found="none", action="Buy one.")
-        return caption(*arguments, **options)  # type: ignore[arg-type]
+        return encode(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PaliGemma, "caption", fail_at_the_second)
+    monkeypatch.setattr(PaliGemma, "encode", fail_at_the_second)
     result = run("caption", pictures, "--format", "json")
     assert result.exit_code == 1
     assert [Path(row["source"]).name for row in json.loads(result.stdout)] == ["one.png"]

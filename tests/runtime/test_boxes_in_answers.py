@@ -6,7 +6,7 @@ The models are random, which is as misbehaved as a model can be.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -45,12 +45,12 @@ def push_locations(model: PaliGemma) -> PaliGemma:
     session = model._session
     decode, count = session.decode, [0]
 
-    def loud(cache: object, embeds: npt.NDArray[np.float32], allowed: IdRange) -> Step:
+    def loud(cache: object, embeds: npt.NDArray[np.float32], allowed: Sequence[IdRange]) -> list[Step]:
         count[0] += 1
         tokens = model.manifest.tokens
         first, last = tokens.first_location, tokens.first_location + tokens.num_locations - 1
-        wanted = (max(allowed[0], first), min(allowed[1], last))
-        return decode(cache, embeds, wanted if count[0] % 3 and wanted[0] <= wanted[1] else allowed)
+        wanted = (max(allowed[0][0], first), min(allowed[0][1], last))
+        return decode(cache, embeds, [wanted] if count[0] % 3 and wanted[0] <= wanted[1] else allowed)
 
     session.decode = loud  # type: ignore[method-assign, assignment]
     return model

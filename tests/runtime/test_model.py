@@ -189,8 +189,8 @@ def test_an_abandoned_stream_gives_its_cache_back(model: PaliGemma, monkeypatch:
     made: list[OrtCache] = []
     new_cache = OrtSession.new_cache
 
-    def count(session: OrtSession) -> OrtCache:
-        made.append(new_cache(session))
+    def count(session: OrtSession, batch: int = 1) -> OrtCache:
+        made.append(new_cache(session, batch))
         return made[-1]
 
     monkeypatch.setattr(OrtSession, "new_cache", count)
@@ -216,9 +216,9 @@ def test_the_cache_stays_where_it_is_and_decoding_allocates_nothing_that_grows()
     for answer in sizes:  # the first one fills Python's own pools
         session.prefill(cache, [image], np.ones((limits.prefix - len(image), width), np.float32), (0, 10))
         for index in range(limits.new_tokens):
-            session.decode(cache, np.ones(width, np.float32), (0, 10))
+            session.decode(cache, np.ones((1, width), np.float32), [(0, 10)])
             answer[index] = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert {name: buffer.ctypes.data for name, buffer in cache.buffers.items()} == addresses
-    assert cache.length == limits.prefix + limits.new_tokens
+    assert cache.lengths.tolist() == [limits.prefix + limits.new_tokens]
     assert sizes[1, -1] - sizes[1, 20] < 500

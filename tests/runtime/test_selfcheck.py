@@ -60,17 +60,22 @@ class FakeGpu(OrtSession):
         FakeGpu.open_sessions -= 1
 
     def prefill(
-        self, cache: OrtCache, image_features: Sequence[FloatArray], prompt_embeds: FloatArray, allowed: IdRange
+        self,
+        cache: OrtCache,
+        image_features: Sequence[FloatArray],
+        prompt_embeds: FloatArray,
+        allowed: IdRange,
+        row: int = 0,
     ) -> Step:
-        return super().prefill(cache, image_features, prompt_embeds, allowed)._replace(device_ms=2.5)
+        return super().prefill(cache, image_features, prompt_embeds, allowed, row)._replace(device_ms=2.5)
 
-    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: IdRange) -> Step:
+    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
         self.num_steps += 1
         if self.leak and self.num_steps <= self.leaks_until:
             self.kept.append(np.ones(self.leak, np.uint8))
-        step = super().decode(cache, inputs_embeds, allowed)
+        (step,) = super().decode(cache, inputs_embeds, allowed)
         error = self.graph_error if self.options.use_cuda_graph else 0.0
-        return Step(step.token, step.log_prob + error, 0.5)
+        return [Step(step.token, step.log_prob + error, 0.5)]
 
 
 @pytest.fixture

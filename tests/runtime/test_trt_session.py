@@ -137,9 +137,9 @@ def test_a_step_can_be_repeated_with_other_tokens_allowed(
         cache = session.new_cache()
         found = [session.prefill(cache, [features], embed([2, 3]), (0, last))]
         for token in (9, 10, 11, 12):
-            found.append(session.decode(cache, embed([token])[0], (0, last)))
+            found += session.decode(cache, embed([token]), [(0, last)])
             for other in range(repeats):
-                assert session.repeat_decode(cache, (other, other)).token == other
+                assert [step.token for step in session.repeat_decode(cache, [(other, other)])] == [other]
         return [step._replace(device_ms=None) for step in found]
 
     plain = run(wanted._session, 0)
@@ -198,7 +198,7 @@ def steps_to_capacity(session: Session[Any, Any], bundle: Bundle, choices: Seque
     for _ in range(2):
         steps.append(session.prefill(cache, [features], prompt, next(turns)))
         for _ in range(manifest.limits.new_tokens):
-            steps.append(session.decode(cache, embed([steps[-1].token])[0], next(turns)))
+            steps += session.decode(cache, embed([steps[-1].token]), [next(turns)])
     return [step._replace(device_ms=None) for step in steps]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from paliedge.backends import BackendOptions
     from paliedge.formats import Format, Writer
     from paliedge.images import ImageSource
-    from paliedge.model import CaptionStyle, PaliGemma
-    from paliedge.prompt import BoxRequest, BoxTask
+    from paliedge.manifest import Prompts
+    from paliedge.prompt import BoxTask, CaptionStyle, Prompt
     from paliedge.results import Generation
     from paliedge.sources import Item, Source
     from paliedge.video import FrameOptions, VideoWriter
 
-    _Answer = Callable[[PaliGemma, ImageSource], Generation]
+    _MakePrompt = Callable[[Prompts], Prompt]
 
 SOME_FAILED = 6
 
@@ -48,6 +49,22 @@ def _answer_options(verb: Verb) -> Verb:
         envvar="PALIEDGE_MAX_NEW_TOKENS",
         show_envvar=True,
         help="Stop after this many tokens; the bundle's limit unless given.",
+    )(verb)
+    verb = click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        envvar="PALIEDGE_BATCH",
+        show_envvar=True,
+        help="Pictures that are decoded together: more a second, each one later. Not for cameras, nor on TensorRT.",
+    )(verb)
+    verb = click.option(
+        "--overlap",
+        is_flag=True,
+        envvar="PALIEDGE_OVERLAP",
+        show_envvar=True,
+        help="Read and encode the next picture while this one is answered; a camera's frame is then older.",
     )(verb)
     return format_options(verb)
 
@@ -92,20 +109,14 @@ def _box_options(verb: Verb) -> Verb:
 @click.argument("labels")
 @_box_options
 @_answer_options
-def detect(
-    source: str, labels: str, max_new_tokens: int | None, conf: float, free: bool, only_asked: bool, **rest: Any
-) -> None:
+def detect(source: str, labels: str, **rest: Any) -> None:
     """Find every instance of LABELS, such as "cat ; dog".
 
     SOURCE is a picture, a folder of pictures, a glob pattern, a list (.txt), a video, - for a picture on standard
     input, or a live source: rtsp://..., rtmp://..., /dev/video0, csi://0.
     """
 
-    def answer(model: PaliGemma, image: ImageSource) -> Generation:
-        found = model.detect(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
-        return found.above(conf)
-
-    _answer_all(source, answer, asked=_asked("detect", labels), free=free, **rest)
+    _answer_boxes(source, "detect", labels, **rest)
 
 
 @click.command()
@@ -113,20 +124,14 @@ def detect(
 @click.argument("labels")
 @_box_options
 @_answer_options
-def segment(
-    source: str, labels: str, max_new_tokens: int | None, conf: float, free: bool, only_asked: bool, **rest: Any
-) -> None:
+def segment(source: str, labels: str, **rest: Any) -> None:
     """Find every instance of LABELS with its mask.
 
     SOURCE is as for `paliedge detect`; a label may be a whole phrase. Without a mask decoder in the bundle
     (`paliedge export --mask-decoder`) there are only boxes.
     """
 
-    def answer(model: PaliGemma, image: ImageSource) -> Generation:
-        found = model.segment(image, labels, max_new_tokens=max_new_tokens, free=free, only_asked=only_asked)
-        return found.above(conf)
-
-    _answer_all(source, answer, asked=_asked("segment", labels), free=free, **rest)
+    _answer_boxes(source, "segment", labels, **rest)
 
 
 @click.command()
@@ -142,13 +147,11 @@ def segment(
     help="cap and describe are known to pre-trained checkpoints only: as raw as on the web, and longer.",
 )
 @_answer_options
-def caption(source: str, lang: str, style: CaptionStyle, max_new_tokens: int | None, **rest: Any) -> None:
+def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
     """Describe each picture in one sentence."""
+    from paliedge.prompt import caption_prompt
 
-    def answer(model: PaliGemma, image: ImageSource) -> Generation:
-        return model.caption(image, lang, style=style, max_new_tokens=max_new_tokens)
-
-    _answer_all(source, answer, **rest)
+    _answer_all(source, lambda prompts: caption_prompt(prompts, lang, style), **rest)
 
 
 @click.command()
@@ -156,9 +159,11 @@ def caption(source: str, lang: str, style: CaptionStyle, max_new_tokens: int | N
 @click.argument("question")
 @_lang_option
 @_answer_options
-def ask(source: str, question: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
+def ask(source: str, question: str, lang: str, **rest: Any) -> None:
     """Answer QUESTION about each picture."""
-    _answer_all(source, lambda model, image: model.ask(image, question, lang, max_new_tokens=max_new_tokens), **rest)
+    from paliedge.prompt import answer_prompt
+
+    _answer_all(source, lambda prompts: answer_prompt(prompts, question, lang), **rest)
 
 
 @click.command()
@@ -166,67 +171,84 @@ def ask(source: str, question: str, lang: str, max_new_tokens: int | None, **res
 @click.argument("answer")
 @_lang_option
 @_answer_options
-def question(source: str, answer: str, lang: str, max_new_tokens: int | None, **rest: Any) -> None:
+def question(source: str, answer: str, lang: str, **rest: Any) -> None:
     """Ask the question about each picture that has ANSWER; pre-trained checkpoints know how."""
-    _answer_all(source, lambda model, image: model.question(image, answer, lang, max_new_tokens=max_new_tokens), **rest)
+    from paliedge.prompt import question_prompt
+
+    _answer_all(source, lambda prompts: question_prompt(prompts, answer, lang), **rest)
 
 
 @click.command()
 @click.argument("source")
 @_answer_options
-def ocr(source: str, max_new_tokens: int | None, **rest: Any) -> None:
+def ocr(source: str, **rest: Any) -> None:
     """Read the text in each picture."""
-    _answer_all(source, lambda model, image: model.ocr(image, max_new_tokens=max_new_tokens), **rest)
+    from paliedge.prompt import ocr_prompt
+
+    _answer_all(source, ocr_prompt, **rest)
 
 
 @click.command()
 @click.argument("source")
 @click.argument("prompt")
 @_answer_options
-def predict(source: str, prompt: str, max_new_tokens: int | None, **rest: Any) -> None:
+def predict(source: str, prompt: str, **rest: Any) -> None:
     """Answer a free PROMPT in the model's own words, such as "caption de"."""
-    from paliedge.prompt import find_box_request
+    from paliedge.prompt import free_prompt
 
-    def answer(model: PaliGemma, image: ImageSource) -> Generation:
-        return model.generate(image, prompt, max_new_tokens=max_new_tokens)
-
-    _answer_all(source, answer, asked=find_box_request(prompt), **rest)
+    _answer_all(source, lambda prompts: free_prompt(prompt), **rest)
 
 
 VERBS = (detect, segment, caption, ask, question, ocr, predict)
 
 
-def _asked(task: BoxTask, labels: str) -> BoxRequest:
-    from paliedge.prompt import BoxRequest, split_labels
+def _answer_boxes(source: str, task: BoxTask, labels: str, **rest: Any) -> None:
+    from paliedge.prompt import box_prompt
 
-    return BoxRequest(task, split_labels(labels))
+    _answer_all(source, lambda prompts: box_prompt(prompts, task, labels), **rest)
 
 
 def _answer_all(
     source: str,
-    answer: _Answer,
+    make_prompt: _MakePrompt,
     *,
     bundle: Path | None,
     options: BackendOptions,
     frames: FrameOptions,
     save: Path | None,
     form: Format | None,
-    asked: BoxRequest | None = None,
+    max_new_tokens: int | None,
+    batch: int,
+    overlap: bool,
+    conf: float = 0.0,
     free: bool = False,
+    only_asked: bool = False,
 ) -> None:
-    """Answer for every picture; a bad one is reported and the others are done.
-
-    `form` None is text; `asked` are the boxes that are asked for, if any.
-    """
+    """Answer for every picture; a bad one is reported and the others are done. `form` None is text."""
     from paliedge.formats import FOLDER_FORMATS, open_writer
+    from paliedge.manifest import Prompts
     from paliedge.sources import open_source
 
-    writer = open_writer(form, partial(click.echo, nl=False), save, asked, free=free) if form else None
+    boxes = make_prompt(Prompts()).boxes  # the same whatever the bundle's own words are
+    writer = open_writer(form, partial(click.echo, nl=False), save, boxes, free=free) if form else None
     items = open_source(source, frames, lambda line: click.echo(line, err=True))
-    saver = _Saver(save, items, has_boxes=asked is not None) if save and form not in FOLDER_FORMATS else None
-    run = _Run(load_model(bundle, options), answer, writer, saver, makes_files=form in FOLDER_FORMATS)
+    saver = _Saver(save, items, has_boxes=boxes is not None) if save and form not in FOLDER_FORMATS else None
+    run = _Run(writer, saver, conf, makes_files=form in FOLDER_FORMATS)
+    model = load_model(bundle, options)
     try:
-        _run_all(run, items)
+        with closing(iter(items)) as found:
+            answers = model.generate_batch(
+                run.read(found, items.num_items, make_prompt(model.manifest.prompts)),
+                batch_size=batch,
+                overlap=overlap,
+                on_error=run.fail_next,
+                max_new_tokens=max_new_tokens,
+                free=free,
+                only_asked=only_asked,
+            )
+            with closing(answers):  # type: ignore[type-var]  # it is a generator
+                for answer in answers:
+                    run.take(answer)
     finally:  # an error or ctrl-C must not lose the answers so far
         run.finish()
         if items.num_dropped:
@@ -235,43 +257,61 @@ def _answer_all(
         click.get_current_context().exit(SOME_FAILED if run.num_answers else run.errors[0].exit_code)
 
 
-def _run_all(run: _Run, items: Source) -> None:
-    show_progress = _is_terminal() and items.num_items not in (None, 1)
-    with closing(iter(items)) as found:
-        for index, item in enumerate(found, 1):
-            if show_progress:
-                click.echo(f"[{index}/{items.num_items}] {item.name}", err=True)
-            run.take(item)
-
-
 class _Run:
-    """What is done with each picture: ask, write the answer, save the annotated picture.
+    """What is done with each picture: send it, write the answer, save the annotated picture.
 
     Attributes:
         errors: those of pictures, in order.
         num_answers: pictures without an error.
     """
 
-    def __init__(
-        self, model: PaliGemma, answer: _Answer, writer: Writer | None, saver: _Saver | None, *, makes_files: bool
-    ) -> None:
+    def __init__(self, writer: Writer | None, saver: _Saver | None, conf: float, *, makes_files: bool) -> None:
         self.errors: list[PaliEdgeError] = []
         self.num_answers = 0
-        self._model, self._answer = model, answer
         self._writer, self._saver = writer, saver
+        self._conf = conf
         self._makes_files = makes_files
+        self._sent: deque[Item] = deque()
 
-    def take(self, item: Item) -> None:
-        try:
+    def read(
+        self, items: Iterable[Item], num_items: int | None, prompt: Prompt
+    ) -> Iterator[tuple[ImageSource, Prompt]]:
+        """The pictures of `items`, to be asked about."""
+        show_progress = _is_terminal() and num_items not in (None, 1)
+        for index, item in enumerate(items, 1):
+            if show_progress:
+                click.echo(f"[{index}/{num_items}] {item.name}", err=True)
+            self._sent.append(item)
             if item.error:
-                raise item.error
-            result = self._answer(self._model, item.picture)
+                self._report_errors()
+            else:
+                yield item.picture, prompt
+        self._report_errors()
+
+    def take(self, answer: Generation) -> None:
+        """The answer to the first picture that has none."""
+        item = self._sent.popleft()
+        result = answer.above(self._conf)
+        try:
             self._write(item, result)
             if self._saver:
                 self._saver.save(item, result)
             self.num_answers += 1
-        except (ImageError, OutputError) as error:
+        except OutputError as error:
             self._fail(item.name, error)
+        self._report_errors()
+
+    def fail_next(self, error: PaliEdgeError) -> None:
+        """The first picture that has no answer gets none."""
+        if not isinstance(error, ImageError):  # the next picture's would be the same
+            raise error
+        self._fail(self._sent.popleft().name, error)
+        self._report_errors()
+
+    def _report_errors(self) -> None:
+        """Those of the source, as far as the pictures before them are done."""
+        while self._sent and (error := self._sent[0].error):
+            self._fail(self._sent.popleft().name, error)
 
     def finish(self) -> None:
         """Close what is written; of an interrupted run too."""
