@@ -39,35 +39,6 @@ _ANSWERS = 2
 """Measured in each process, behind one that warms it up."""
 
 
-def measure_bundle(folder: Path, num_threads: int) -> dict[str, Any]:
-    """Answers of one of our bundles."""
-    from paliedge.embedding import EmbeddingTable
-    from paliedge.ort_session import OrtSession
-
-    started = time.perf_counter()
-    bundle = Bundle(folder, check_hashes=False)
-    manifest = bundle.manifest
-    session = OrtSession(bundle, next(iter(manifest.targets)), num_threads)
-    cache, embed = session.new_cache(), EmbeddingTable(bundle)
-    loaded = time.perf_counter() - started
-    pixels, prompt, forced = _inputs(manifest.model.vision.image_size, manifest.tokens.bos)
-    allowed = (0, manifest.tokens.vocab_size - 1)
-
-    def answer() -> dict[str, Any]:
-        clock = _Clock()
-        features = session.encode_image(pixels)
-        vision = clock()
-        step = session.prefill(cache, [features], embed(prompt), allowed)
-        prefill, tokens, times = clock(), [step.token], []
-        for token in forced:
-            (step,) = session.decode(cache, embed([token]), [allowed])
-            tokens.append(step.token)
-            times.append(clock())
-        return {"vision": vision, "prefill": prefill, "tokens": times, "answer": clock.total(), "chosen": tokens}
-
-    return _measure(answer, loaded, num_threads)
-
-
 def measure_transformers(folder: Path, dtype: str, num_threads: int) -> dict[str, Any]:
     """Answers of transformers, eager; prefill is its forward pass less what its vision encoder takes alone."""
     import torch
@@ -113,52 +84,6 @@ def measure_transformers(folder: Path, dtype: str, num_threads: int) -> dict[str
         return _measure(answer, loaded, num_threads)
 
 
-class _Clock:
-    """Seconds since it was last asked, and in all."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-
-    def __call__(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
-
-    def total(self) -> float:
-        return self._last - self._started
-
-
-def _inputs(image_size: int, bos: int) -> tuple[np.ndarray[Any, np.dtype[np.float32]], list[int], list[int]]:
-    """Pixels, the prompt's ids and the tokens that are fed in, the same for every engine."""
-    rng = np.random.default_rng(0)
-    pixels = rng.uniform(-1, 1, (1, 3, image_size, image_size)).astype(np.float32)
-    words = rng.integers(1000, 200_000, NUM_PROMPT_TOKENS - 1 + NUM_TOKENS - 1).tolist()
-    return pixels, [bos, *words[: NUM_PROMPT_TOKENS - 1]], words[NUM_PROMPT_TOKENS - 1 :]
-
-
-def _measure(answer: Callable[[], dict[str, Any]], loaded: float, num_threads: int) -> dict[str, Any]:
-    answer()
-    answers = [answer() for _ in range(_ANSWERS)]
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    memory = {
-        name: int(status[key].split()[0]) * 1024 for name, key in (("peak_rss", "VmHWM"), ("anonymous", "RssAnon"))
-    }
-    return {"load": loaded, "answers": answers, **memory}
-
-
-def read_bandwidth(num_threads: int) -> float:
-    """Bytes a second at which `num_threads` threads sum up an array, the best of several times: the machine's."""
-    array = np.ones(_PROBE_BYTES // 8)
-    pieces = np.array_split(array, num_threads)
-    times = []
-    with ThreadPoolExecutor(num_threads) as pool:
-        for _ in range(_PROBES):
-            started = time.perf_counter()
-            list(pool.map(np.sum, pieces))
-            times.append(time.perf_counter() - started)
-    return array.nbytes / min(times)
-
-
 def describe_bundle(folder: Path) -> dict[str, Any]:
     """Sizes in bytes, on disk and by `paliedge plan`'s arithmetic."""
     manifest = Bundle(folder, check_hashes=False).manifest
@@ -173,24 +98,6 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
         "decoder_bytes": decoder,
         "vision_bytes": vision,
         "plan_over_files": round((planned.vision + planned.decoder) / (vision + decoder), 4),
-    }
-
-
-def summarise(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over all answers, and the spread of whole answers; seconds and bytes."""
-    answers = [answer for one in rounds for answer in one["answers"]]
-    tokens = [seconds for answer in answers for seconds in answer["tokens"]]
-    whole = [answer["answer"] for answer in answers]
-    return {
-        **{name: round(statistics.median(answer[name] for answer in answers), 4) for name in ("vision", "prefill")},
-        "token": round(statistics.median(tokens), 4),
-        "answer": round(statistics.median(whole), 3),
-        "answer_range": [round(min(whole), 3), round(max(whole), 3)],
-        "load": round(statistics.median(one["load"] for one in rounds), 2),
-        "peak_rss": max(one["peak_rss"] for one in rounds),
-        "anonymous": max(one["anonymous"] for one in rounds),
-        "num_answers": len(answers),
-        "tokens_chosen": answers[0]["chosen"],
     }
 
 
