@@ -42,13 +42,13 @@ $(DEMO)/ready: pyproject.toml
 $(TEST)/ready: pyproject.toml
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export,reference,eval,optimum,polygons,video,rtx,dev]"
+	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export,reference,bench,eval,optimum,polygons,video,rtx,dev]"
 	touch $@
 
 $(GPU)/ready: pyproject.toml
 	$(PYTHON) -m venv $(SYSTEM) $(GPU)
 	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(GPU_EXTRAS),export,reference,eval,optimum,polygons,dev]"
+	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(GPU_EXTRAS),export,reference,bench,eval,optimum,polygons,dev]"
 	touch $@
 
 clean:

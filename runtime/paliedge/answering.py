@@ -5,6 +5,7 @@ Knows no files and no prompts.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class Request:
         prefix: the prompt's ids.
         rule: what may be said.
         max_new_tokens: where to stop at the latest.
+        tokenize_ms: what making the ids took.
     """
 
     images: tuple[EncodedImage, ...]
@@ -84,6 +86,7 @@ class Request:
     prefix: list[int]
     rule: Rule
     max_new_tokens: int
+    tokenize_ms: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,16 +200,18 @@ class Answerer:
 
     def _read(self, request: Request, steps: list[GeneratedToken]) -> Generation:
         """The answer that the tokens make."""
+        started = time.perf_counter()
         stopped = steps[-1].token == self._tokens.eos
         kept = steps[:-1] if stopped else steps
         ids, log_probs = tuple(step.token for step in kept), tuple(step.log_prob for step in kept)
         image = request.images[0]
         parsed = parse_locations(ids, log_probs, self._tokens, self._tokenizer.decode, image.image_wh, image.frame)
+        text, detections = self._tokenizer.decode(ids), self._with_masks(parsed.detections, image.image_wh)
         return Generation(
-            text=self._tokenizer.decode(ids),
+            text=text,
             token_ids=ids,
             log_probs=log_probs,
-            detections=self._with_masks(parsed.detections, image.image_wh),
+            detections=detections,
             num_malformed=parsed.num_malformed,
             image_wh=image.image_wh,
             finish_reason="stop" if stopped else "length",
@@ -216,6 +221,8 @@ class Answerer:
                 prefill_ms=steps[0].ms,
                 decode_ms=tuple(step.ms for step in steps[1:]),
                 device=_device_timings(steps, request.fresh),
+                tokenize_ms=request.tokenize_ms,
+                parse_ms=(time.perf_counter() - started) * 1000,
             ),
             image=image.image,
         )

@@ -104,22 +104,31 @@ def _examine_jetpack(l4t: str) -> Finding:
 def _examine_power_mode() -> Finding:
     unknown = "Ask `sudo nvpmodel -q`; in a container, outside of it."
     try:
-        answer = subprocess.run(
-            ["nvpmodel", "-q"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False
-        ).stdout.decode(errors="replace")
+        mode = read_power_mode()
     except (OSError, subprocess.TimeoutExpired) as error:
         found = f"unknown: `nvpmodel -q` did not answer ({type(error).__name__})"
         return Finding("power mode", found, "note", unknown)
-    mode = re.search(r"NV Power Mode: *(\S+)", answer)
     if not mode:
         return Finding("power mode", "unknown", "note", unknown)
-    if mode[1].startswith("MAXN"):
-        return Finding("power mode", mode[1])
+    if mode.startswith("MAXN"):
+        return Finding("power mode", mode)
     action = (
         "`grep POWER_MODEL /etc/nvpmodel.conf` lists all; take the fastest, MAXN where there is one, with "
         "`sudo nvpmodel -m ID`; then `sudo jetson_clocks`."
     )
-    return Finding("power mode", mode[1], "note", action)
+    return Finding("power mode", mode, "note", action)
+
+
+def read_power_mode() -> str | None:
+    """A Jetson's power mode; None where `nvpmodel` says something else.
+
+    Raises:
+        OSError, subprocess.TimeoutExpired: there is no `nvpmodel`, or it does not answer.
+    """
+    command = ["nvpmodel", "-q"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False)
+    mode = re.search(r"NV Power Mode: *(\S+)", done.stdout.decode(errors="replace"))
+    return mode[1] if mode else None
 
 
 def _probe_onnxruntime() -> list[str] | PaliEdgeError:

@@ -51,11 +51,11 @@ def load_golden(bundle: Bundle) -> Golden | None:
         return Golden(file["images"], file["prompts"].tolist(), file["token_ids"], file["log_probs"])
 
 
-def verify_golden(bundle: Bundle, model: PaliGemma) -> GoldenReport | None:
+def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> GoldenReport | None:
     """Answer the bundle's golden prompts; None for a bundle without any.
 
     Raises:
-        BundleError: an answer differs by more than a tie.
+        BundleError: an answer differs by more than a tie, and `strict` wants to know.
     """
     golden = load_golden(bundle)
     if golden is None:
@@ -74,7 +74,7 @@ def verify_golden(bundle: Bundle, model: PaliGemma) -> GoldenReport | None:
                 num_equal += 1
             elif _is_tie(expected, scores, answer, eos, tie):
                 num_ties += 1
-            else:
+            elif strict:
                 raise BundleError(
                     expected=f"the answer to '{prompt}' that was exported with the bundle",
                     found=f"tokens {list(answer.token_ids)} instead of {_until(eos, expected)}",

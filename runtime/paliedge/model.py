@@ -121,6 +121,11 @@ class PaliGemma:
         """Whether the engine times its own work; then it runs on a GPU, by a CUDA graph or without."""
         return self._session.has_device_clock
 
+    @property
+    def max_batch(self) -> int:
+        """Requests that the engine decodes together; 1 where it cannot."""
+        return self._session.max_batch
+
     def close(self) -> None:
         """Give back what the engine holds; for a GPU whose memory others want. Nothing works afterwards."""
         self._answerer.close()
@@ -356,7 +361,9 @@ class PaliGemma:
         rule = self._rule(asked)
         if self.manifest.vocabulary:
             self._check_task(asked.text, self.manifest.vocabulary)
+        started = time.perf_counter()
         prefix = self._tokenizer.encode_prefix(asked.text, location_tokens=asked.location_tokens)
+        tokenize_ms = (time.perf_counter() - started) * 1000
         room = limits.prefix - len(sources) * self.manifest.model.vision.num_image_tokens
         if not sources or room < 1:
             raise UsageError(
@@ -375,7 +382,7 @@ class PaliGemma:
                 self._check_features(source)
         encoded = [source if isinstance(source, EncodedImage) else self.encode(source, bgr=bgr) for source in sources]
         fresh = [one for one, source in zip(encoded, sources, strict=True) if one is not source]
-        return Request(tuple(encoded), tuple(fresh), prefix, rule, limit)
+        return Request(tuple(encoded), tuple(fresh), prefix, rule, limit, tokenize_ms)
 
     def _try_to_prepare(
         self, sources: Sequence[ImageSource | EncodedImage], asked: _Asked, bgr: bool

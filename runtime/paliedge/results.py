@@ -37,7 +37,8 @@ class Timings:
     `decode_ms` has one entry a decode step: the first token comes out of prefill, so there are
     len(token_ids) - 1 of them, one more where the end-of-sequence token came by a step of its own.
     `preprocess_ms` and `vision_ms` are 0 for an image that was encoded before. `device` is there
-    where the engine has a clock of its own.
+    where the engine has a clock of its own. `tokenize_ms` is the prompt's, `parse_ms` is what makes text,
+    boxes and masks of tokens.
     """
 
     preprocess_ms: float
@@ -45,10 +46,17 @@ class Timings:
     prefill_ms: float
     decode_ms: tuple[float, ...]
     device: DeviceTimings | None = None
+    tokenize_ms: float = 0.0
+    parse_ms: float = 0.0
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to the first token."""
+        return self.preprocess_ms + self.tokenize_ms + self.vision_ms + self.prefill_ms
 
     @property
     def total_ms(self) -> float:
-        return self.preprocess_ms + self.vision_ms + self.prefill_ms + sum(self.decode_ms)
+        return self.ttft_ms + sum(self.decode_ms) + self.parse_ms
 
 
 @dataclass(frozen=True)
@@ -99,13 +107,15 @@ class Generation:
 
     @property
     def speed(self) -> dict[str, float]:
-        """Milliseconds: `preprocess`, `inference` (its parts are `vision`, `prefill`, `decode`) and `postprocess`.
-
-        `postprocess` is always 0: reading boxes from tokens is not timed.
-        """
+        """Milliseconds: `preprocess`, `inference` (its parts are `vision`, `prefill`, `decode`) and `postprocess`."""
         times = self.timings
         parts = {"vision": times.vision_ms, "prefill": times.prefill_ms, "decode": sum(times.decode_ms)}
-        return {"preprocess": times.preprocess_ms, "inference": sum(parts.values()), "postprocess": 0.0, **parts}
+        return {
+            "preprocess": times.preprocess_ms + times.tokenize_ms,
+            "inference": sum(parts.values()),
+            "postprocess": times.parse_ms,
+            **parts,
+        }
 
     def plot(self) -> Image.Image:
         """A copy of the picture with boxes and masks drawn in, or with the text below it; small ones are enlarged.

@@ -137,7 +137,7 @@ def test_help_names_every_verb_and_is_fast() -> None:
     shown = [line.split()[0] for line in output.split("Commands:\n")[1].splitlines() if line[2:3].strip()]
     assert (
         " ".join(shown)
-        == "ask build caption demo detect doctor eval export info ocr plan predict question segment verify"
+        == "ask bench build caption demo detect doctor eval export info ocr plan predict question segment verify"
     )
     assert min(times) < 0.3
 

@@ -70,7 +70,15 @@ def main() -> None:
     """
 
 
-from paliedge.cli import building, bundles, doctor, evaluate, planning, predict  # noqa: E402  registers the verbs
+from paliedge.cli import bench, building, bundles, doctor, evaluate, planning, predict  # noqa: E402  registers the verbs
 
-for _verb in (*predict.VERBS, *bundles.VERBS, *planning.VERBS, *building.VERBS, *doctor.VERBS, *evaluate.VERBS):
+for _verb in (
+    *predict.VERBS,
+    *bundles.VERBS,
+    *planning.VERBS,
+    *building.VERBS,
+    *doctor.VERBS,
+    *evaluate.VERBS,
+    *bench.VERBS,
+):
     main.add_command(_verb)

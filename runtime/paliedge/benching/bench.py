@@ -1,0 +1,234 @@
+"""The whole benchmark: load, roofs, scenarios, the exporter's answers, a cold start, and what it rests on."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from paliedge.backends import BackendOptions, find_ort_target
+from paliedge.benching import roofs as probes
+from paliedge.benching.cold_start import measure_cold_start
+from paliedge.benching.conditions import QuietWatch, describe_conditions, describe_state
+from paliedge.benching.power import find_meter
+from paliedge.benching.record import Accuracy, Memory, Record, Roofs, Run, Subject
+from paliedge.benching.scenarios import Limits, Plan, Query, Trace, run
+from paliedge.benching.shares import add_shares
+from paliedge.bundle import Bundle
+from paliedge.errors import UsageError
+from paliedge.golden import load_golden, verify_golden
+from paliedge.images import ImageSource
+from paliedge.manifest import Manifest, Target
+from paliedge.model import PaliGemma
+from paliedge.prompt import PromptTokenizer
+
+_NO_PROMPT = "caption en"
+_DEFAULT_TOKENS = 32
+_SPREAD_LIMIT = 1.5
+"""p90 over p50 of a single stream, beyond which its figures are called doubtful."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Attributes:
+        images, prompts: every prompt on every image; empty for those that the bundle was exported with.
+        max_new_tokens: of an answer.
+        plans: scenarios, in this order.
+        limits: of each.
+        cold_start: measure that too.
+        num_threads: for the memory probe; 0 takes every core.
+    """
+
+    images: tuple[ImageSource, ...]
+    prompts: tuple[str, ...]
+    max_new_tokens: int | None
+    plans: tuple[Plan, ...]
+    limits: Limits
+    cold_start: bool
+    num_threads: int = 0
+
+
+Progress = Callable[[Plan, Trace], None]
+
+
+def bench(
+    folder: Path,
+    options: BackendOptions,
+    settings: Settings,
+    *,
+    report: Callable[[str], None],
+    progress: Progress,
+) -> Record:
+    """Measure the bundle in `folder`. Ctrl-C ends it and keeps the scenarios so far, the last one in part.
+
+    Raises:
+        PaliEdgeError: see `PaliGemma.load`; `UsageError` for a bundle without stored answers where no image is given.
+    """
+    bundle = Bundle(folder)
+    queries = make_queries(bundle, settings)
+    said: list[str] = []
+    watch = QuietWatch()
+    conditions = describe_conditions()
+    free_before = _free_gpu_bytes()
+    with PaliGemma.load(folder, options, report=said.append) as model:
+        report(said[-1])
+        doubts = _batch_warnings(model, settings.plans)
+        roofs = _measure_roofs(model, settings.num_threads)
+        runs, interrupted = _run_all(model, queries, settings, progress)
+        accuracy = None if interrupted else _check_answers(bundle, model)
+        memory = _memory(free_before)
+    del model
+    gc.collect()  # a 3B model must not lie in memory twice
+    prompt = queries[0].prompt
+    cold = None if interrupted or not settings.cold_start else measure_cold_start(folder, options, prompt)
+    target_name = _target_of(bundle.manifest, said[-1])
+    target = bundle.manifest.targets[target_name]
+    tokenizer = PromptTokenizer(bundle.path(bundle.manifest.tokenizer), bundle.manifest.tokens)
+    num_prompt = round(float(np.mean([len(tokenizer.encode_prefix(query.prompt)) for query in queries])))
+    runs = [add_shares(one, bundle.manifest, target, roofs, num_prompt) for one in runs]
+    return Record(
+        subject=_subject(folder, bundle.manifest, target_name, target, said[-1], queries),
+        conditions=conditions | {f"{name}, at the end": value for name, value in describe_state().items() if value},
+        warnings=[*watch.warnings(), *doubts, *_answer_warnings(accuracy), *_spread_warnings(runs)],
+        roofs=roofs,
+        cold_start=cold,
+        memory=memory,
+        accuracy=accuracy,
+        runs=runs,
+        interrupted=interrupted,
+    )
+
+
+def make_queries(bundle: Bundle, settings: Settings) -> list[Query]:
+    """What is asked, in turn.
+
+    Raises:
+        UsageError: no image was given and the bundle has none.
+    """
+    limits = bundle.manifest.limits
+    limit = settings.max_new_tokens or min(_DEFAULT_TOKENS, limits.new_tokens)
+    golden = load_golden(bundle)
+    if settings.images:
+        prompts = settings.prompts or (_NO_PROMPT,)
+        return [Query(image, prompt, False, limit) for image in settings.images for prompt in prompts]
+    if golden is None:
+        raise UsageError(
+            expected="a SOURCE of pictures, or a bundle with stored answers",
+            found="neither",
+            action="Name a picture or a folder of pictures.",
+        )
+    prompts = settings.prompts or tuple(golden.prompts)
+    return [Query(image, prompt, False, limit) for image in golden.images for prompt in prompts]
+
+
+def _run_all(
+    model: PaliGemma, queries: Sequence[Query], settings: Settings, progress: Progress
+) -> tuple[list[Run], bool]:
+    """Every scenario, and whether Ctrl-C came before all were done."""
+    meter = find_meter(gpu=model.has_device_clock)
+    runs: list[Run] = []
+    try:
+        for plan in settings.plans:
+            runs.append(run(model, queries, plan, settings.limits, meter=meter, progress=partial(progress, plan)))
+            if runs[-1].interrupted:
+                return runs, True
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        return runs, True
+    finally:
+        if meter:
+            meter.close()
+    return runs, False
+
+
+def _measure_roofs(model: PaliGemma, num_threads: int) -> Roofs:
+    return probes.measure_gpu() if model.has_device_clock else probes.measure_cpu(num_threads or _num_cores())
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _check_answers(bundle: Bundle, model: PaliGemma) -> Accuracy | None:
+    """The exporter's answers, asked again; one that differs is counted and no reason to lose what was measured."""
+    found = verify_golden(bundle, model, strict=False)
+    return Accuracy(**found._asdict()) if found else None
+
+
+def _memory(free_before: int | None) -> Memory:
+    status = _fields(Path("/proc/self/status"))
+    free = _free_gpu_bytes()
+    return Memory(
+        peak_rss=status["VmHWM"],
+        pss=_fields(Path("/proc/self/smaps_rollup")).get("Pss"),
+        anonymous=status["RssAnon"],
+        device=None if free is None or free_before is None else max(0, free_before - free),
+    )
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Sizes in bytes from a file of `Name: 123 kB` lines; empty where there is none."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
+
+
+def _free_gpu_bytes() -> int | None:
+    from paliedge.building import probe_gpu
+
+    gpu = probe_gpu()
+    return None if isinstance(gpu, Exception) else gpu.free_memory
+
+
+def _target_of(manifest: Manifest, said: str) -> str:
+    """The target whose graphs ran: an engine's own, or the one that ONNX Runtime is given."""
+    if "ONNX Runtime" in said.split("(")[0]:
+        return find_ort_target(Path(), manifest)
+    return next(engine.target for engine in manifest.engines)
+
+
+def _subject(
+    folder: Path, manifest: Manifest, name: str, target: Target, backend: str, queries: Sequence[Query]
+) -> Subject:
+    return Subject(
+        bundle=folder.name,
+        sha256=manifest.sha256,
+        checkpoint=manifest.producer.checkpoint,
+        family=manifest.model.family,
+        image_size=manifest.model.vision.image_size,
+        target=name,
+        precision=target.precision,
+        backend=backend,
+        prompts=list(dict.fromkeys(query.prompt for query in queries)),
+    )
+
+
+def _batch_warnings(model: PaliGemma, plans: Sequence[Plan]) -> list[str]:
+    largest = max(plan.batch for plan in plans)
+    if largest <= model.max_batch:
+        return []
+    return [f"batch {largest}: this engine answers at most {model.max_batch} at a time, the others wait"]
+
+
+def _answer_warnings(accuracy: Accuracy | None) -> list[str]:
+    wrong = accuracy.num_answers - accuracy.num_equal - accuracy.num_ties if accuracy else 0
+    return [f"{wrong} answers are not the exporting machine's: see `paliedge verify`"] if wrong else []
+
+
+def _spread_warnings(runs: Sequence[Run]) -> list[str]:
+    tokens = [(run.name, run.stages["token"].wall) for run in runs if "token" in run.stages]
+    return [
+        f"{name}: p90 of a decode step is {found.p90 / found.p50:.1f} times its p50"
+        for name, found in tokens
+        if found.p90 is not None and found.p90 > _SPREAD_LIMIT * found.p50
+    ]

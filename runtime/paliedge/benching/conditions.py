@@ -1,0 +1,124 @@
+"""The circumstances of a measurement: machine, clocks, temperatures, load, versions; and whether it was quiet.
+
+Reads the system's files and asks nothing to change. What cannot be read is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from paliedge.doctor import read_power_mode
+
+_PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
+_BUSY_SHARE = 0.05
+"""Of the processors; what others may take before figures are doubtful."""
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def describe_conditions(root: Path = Path("/")) -> dict[str, str]:
+    """Facts by name; `root` is where the system's files lie."""
+    found = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _find(root / "proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": _find(root / "proc/meminfo", r"MemTotal:\s*(\d+ kB)"),
+        "board": _read(root / "proc/device-tree/model").strip("\0\n "),
+        "power mode": _power_mode(),
+        "governor": _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip(),
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {number}" for name in _PACKAGES if (number := _version(name))),
+        "git": _git_revision(),
+        **describe_state(root),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def describe_state(root: Path = Path("/")) -> dict[str, str]:
+    """What changes from minute to minute."""
+    clocks = [_read(path).strip() for path in sorted(root.glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"))]
+    zones = sorted(root.glob("sys/class/thermal/thermal_zone*"))
+    temperatures = {_read(zone / "type").strip(): _read(zone / "temp").strip() for zone in zones}
+    throttled = [
+        int(_read(path) or 0) for path in root.glob("sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
+    ]
+    return {
+        "load average": " ".join(_read(root / "proc/loadavg").split()[:3]),
+        "clocks": ", ".join(f"{int(clock) // 1000} MHz" for clock in clocks if clock.isdigit()),
+        "temperatures": ", ".join(
+            f"{name} {int(value) / 1000:.0f} C" for name, value in temperatures.items() if value.lstrip("-").isdigit()
+        ),
+        "throttle count": str(sum(throttled)) if throttled else "",
+        "emc clock": _read(root / "sys/kernel/debug/bpmp/debug/clk/emc/rate").strip(),
+    }
+
+
+class QuietWatch:
+    """From its making on: how much of the processors others took, and whether they were throttled."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._started = self._read()
+        self._throttled = describe_state(root)["throttle count"]
+
+    def busy_share(self) -> float:
+        """Share of all processor time that went to other processes, 0..1."""
+        total, idle, own = (now - then for now, then in zip(self._read(), self._started, strict=True))
+        return max(0.0, (total - idle - own) / total) if total else 0.0
+
+    def warnings(self) -> list[str]:
+        """Why figures measured meanwhile are doubtful; empty on a quiet machine."""
+        found = []
+        if (share := self.busy_share()) > _BUSY_SHARE:
+            found.append(f"other processes took {share:.0%} of the processors: the machine was not quiet")
+        if describe_state(self._root)["throttle count"] != self._throttled:
+            found.append("the processor was throttled by its temperature")
+        return found
+
+    def _read(self) -> tuple[float, float, float]:
+        """Ticks so far: of all processors, of those idle, of this process and its children."""
+        times = [float(text) for text in _find(self._root / "proc/stat", r"cpu +(.+)").split()]
+        own = os.times()
+        return sum(times[:8]), sum(times[3:5]), _TICKS * sum(own[:4])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _find(path: Path, pattern: str) -> str:
+    found = re.search(pattern, _read(path))
+    return found[1] if found else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _power_mode() -> str:
+    try:
+        return read_power_mode() or ""
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _git_revision() -> str:
+    """Of the clone that this package lies in; empty for an installed one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,98 @@
+"""What is read of a machine: conditions, whether it is quiet, and power, from a made-up system's files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from paliedge.benching.conditions import QuietWatch, describe_conditions
+from paliedge.benching.power import find_meter
+from paliedge.benching.roofs import measure_cpu
+
+
+def write(root: Path, name: str, content: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+@pytest.fixture
+def jetson(tmp_path: Path) -> Path:
+    write(tmp_path, "proc/device-tree/model", "NVIDIA Jetson Orin Nano\0")
+    write(tmp_path, "proc/loadavg", "0.50 0.40 0.30 1/200 1234\n")
+    write(tmp_path, "proc/meminfo", "MemTotal:        7620000 kB\n")
+    write(tmp_path, "proc/stat", "cpu  100 0 100 800 0 0 0 0 0 0\ncpu0 50 0 50 400 0 0 0 0 0 0\n")
+    write(tmp_path, "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "schedutil\n")
+    for core in range(2):
+        write(tmp_path, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", "1510400\n")
+    write(tmp_path, "sys/class/thermal/thermal_zone0/type", "gpu-thermal\n")
+    write(tmp_path, "sys/class/thermal/thermal_zone0/temp", "51250\n")
+    sensor = "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3"
+    write(tmp_path, f"{sensor}/in1_label", "VDD_IN\n")
+    write(tmp_path, f"{sensor}/in1_input", "5000\n")
+    write(tmp_path, f"{sensor}/curr1_input", "2000\n")
+    return tmp_path
+
+
+def test_conditions_are_read_and_what_is_not_there_is_left_out(jetson: Path) -> None:
+    found = describe_conditions(jetson)
+    assert found["board"] == "NVIDIA Jetson Orin Nano"
+    assert found["memory"] == "7620000 kB"
+    assert found["governor"] == "schedutil"
+    assert found["clocks"] == "1510 MHz, 1510 MHz"
+    assert found["temperatures"] == "gpu-thermal 51 C"
+    assert found["load average"] == "0.50 0.40 0.30"
+    assert "paliedge" in found["packages"]
+    assert "throttle count" not in found
+    assert "" not in found.values()
+
+
+def test_a_jetsons_own_sensor_counts_joules(jetson: Path) -> None:
+    meter = find_meter(jetson, gpu=True)
+    assert meter is not None
+    assert meter.sensor == "INA3221 VDD_IN"
+    started = time.perf_counter()
+    first = meter.joules()
+    time.sleep(0.5)
+    joules, seconds = meter.joules() - first, time.perf_counter() - started
+    meter.close()
+    assert joules == pytest.approx(10.0 * seconds, rel=0.3)  # 5 V x 2 A
+
+
+def test_rapl_counts_packages_and_not_their_parts(tmp_path: Path) -> None:
+    write(tmp_path, "sys/class/powercap/intel-rapl:0/energy_uj", "5000000\n")
+    write(tmp_path, "sys/class/powercap/intel-rapl:0:0/energy_uj", "3000000\n")
+    write(tmp_path, "sys/class/powercap/intel-rapl:1/energy_uj", "1000000\n")
+    meter = find_meter(tmp_path)
+    assert meter is not None
+    assert meter.joules() == pytest.approx(6.0)
+    assert find_meter(tmp_path / "absent") is None
+
+
+def test_a_machine_where_others_work_is_not_quiet(jetson: Path) -> None:
+    watch = QuietWatch(jetson)
+    assert watch.warnings() == []
+    write(jetson, "proc/stat", "cpu  100 0 100 1800 0 0 0 0 0 0\n")
+    assert watch.warnings() == []
+    write(jetson, "proc/stat", "cpu  10100 0 100 10800 0 0 0 0 0 0\n")
+    assert 0.4 < watch.busy_share() < 0.6
+    assert "not quiet" in watch.warnings()[0]
+
+
+def test_a_throttled_processor_is_told(jetson: Path) -> None:
+    counter = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+    write(jetson, counter, "3\n")
+    watch = QuietWatch(jetson)
+    assert watch.warnings() == []
+    write(jetson, counter, "4\n")
+    assert "throttled" in watch.warnings()[0]
+
+
+def test_roofs_are_what_arithmetic_can_reach() -> None:
+    found = measure_cpu(1)
+    assert found.read_bytes_per_s is not None
+    assert found.flops_per_s is not None
+    assert 1e8 < found.read_bytes_per_s < 1e13
+    assert 1e8 < found.flops_per_s < 1e14

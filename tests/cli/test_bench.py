@@ -1,0 +1,138 @@
+"""The verb `bench`, run as a user runs it: the shipped shapes bundle for a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from paliedge.benching.record import read_record, write_record
+from paliedge.benching.scenarios import Plan, Trace
+from paliedge.benching.shares import step_bytes
+from paliedge.bundle import Bundle
+from paliedge.cli import main
+from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.model import SHIPPED_BUNDLE
+from paliedge.roofline import vision_flops
+from tests.benching.test_record import make_record
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "record.json"
+    scenarios = ("--scenario", "single-stream", "--scenario", "multi-stream", "--scenario", "offline")
+    result = run(*scenarios, "--runs", 8, "--batch", "1,4", "--fps", 4, "-o", path, "--plot", path.parent)
+    assert result.exit_code == 0, result.stderr
+    assert "tokens a second" in result.stdout
+    return path
+
+
+def test_a_run_measures_every_stage_scenario_and_the_machine(measured: Path) -> None:
+    record = read_record(measured)
+    names = ["single-stream", "multi-stream", "multi-stream batch 4", "offline", "offline batch 4", "camera 4 fps"]
+    assert [one.name for one in record.runs] == names
+    single = record.runs[0]
+    assert single.num_answers == 8
+    assert list(single.stages) == ["preprocess", "tokenize", "vision", "prefill", "ttft", "token", "parse", "answer"]
+    assert all(stage.wall.min > 0 for stage in single.stages.values())
+    parts = sum(single.stages[name].wall.mean for name in ("ttft", "parse"))
+    decoding = sum(single.stages["token"].samples_ms) / 8
+    assert single.stages["answer"].wall.mean == pytest.approx(parts + decoding, rel=0.2)
+    assert record.cold_start is not None
+    assert record.cold_start.process > record.cold_start.imports + record.cold_start.engine
+    assert record.accuracy is not None
+    assert record.accuracy.num_equal == record.accuracy.num_answers
+    assert record.subject.sha256 == Bundle(SHIPPED_BUNDLE).manifest.sha256
+    assert record.memory.peak_rss > 50e6
+    assert {"processor", "load average", "packages"} <= set(record.conditions)
+    assert not record.interrupted
+    assert (measured.parent / "stages.png").exists()
+    assert (measured.parent / "batches.png").exists()
+
+
+def test_rates_are_bytes_and_operations_over_the_median(measured: Path) -> None:
+    record, manifest = read_record(measured), Bundle(SHIPPED_BUNDLE).manifest
+    stages, roofs = record.runs[0].stages, record.roofs
+    token, vision = stages["token"], stages["vision"]
+    num_bytes = step_bytes(manifest, manifest.targets["cpu"])
+    weights = sum((SHIPPED_BUNDLE / name).stat().st_size for name in manifest.targets["cpu"].decoder.weights)
+    assert weights < num_bytes < 1.5 * weights
+    assert token.gigabytes_per_s == pytest.approx(num_bytes / token.wall.p50 / 1e6)
+    assert vision.gigaflops_per_s == pytest.approx(vision_flops(manifest.model) / vision.wall.p50 / 1e6)
+    assert roofs.read_bytes_per_s is not None
+    assert token.mbu == pytest.approx(num_bytes / token.wall.p50 * 1e3 / roofs.read_bytes_per_s)
+    assert record.runs[2].stages["token"].gigabytes_per_s is None  # a step that four share
+
+
+def test_a_folder_of_pictures_and_a_prompt_can_be_measured() -> None:
+    result = run(
+        DEMO_SCENES, "--prompt", "ocr", "--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json"
+    )
+    record = json.loads(result.stdout)
+    assert record["subject"]["prompts"] == ["ocr"]
+    assert record["runs"][0]["num_answers"] == 3
+    assert record["cold_start"] is None
+
+
+def test_ctrl_c_writes_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(progress: object, plan: Plan, trace: Trace) -> None:
+        if len(trace.answers) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("paliedge.cli.bench._Progress.__call__", stop)
+    result = run("--runs", 100_000, "-o", tmp_path / "part.json")
+    assert result.exit_code == 130
+    record = read_record(tmp_path / "part.json")
+    assert record.interrupted
+    assert [one.scenario for one in record.runs] == ["single-stream"]
+    assert record.runs[0].interrupted
+    assert record.runs[0].num_answers == 7
+    assert record.cold_start is None
+
+
+def test_other_answers_than_the_exporters_are_told_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paliedge.golden._until", lambda eos, tokens: [1, 2, 3])
+    result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["accuracy"]["num_equal"] == 0
+    assert "not the exporting machine's" in result.stderr
+
+
+@pytest.mark.parametrize(("token", "exit_code"), [(5.0, 0), (5.9, 1), (4.0, 0)])
+def test_compare_ends_with_one_where_the_second_is_slower(tmp_path: Path, token: float, exit_code: int) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    write_record(make_record(), first)
+    write_record(make_record(token, precision="int4"), second)
+    result = run("--compare", first, second)
+    assert result.exit_code == exit_code
+    assert "single-stream" in result.stdout
+    assert "precision: int8 | int4" in result.stderr
+    assert run("--compare", first, second, "--threshold", "50").exit_code == 0
+    found = json.loads(run("--compare", first, second, "--json").stdout)
+    assert found["comparisons"][0][0] == "single-stream"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (["-o", "record.txt"], 2, "ends in .json"),
+        (["--batch", "1,x"], 2, "batch sizes"),
+        (["--batch", "0"], 2, "batch sizes"),
+        (["absent.png"], 5, "absent.png"),
+        (["--compare", "absent.json", "absent.json"], 2, "absent.json"),
+        (["rtsp://127.0.0.1:9/x"], 2, "folder of pictures"),
+        (["-m", "absent"], 3, "no bundle.json"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(
+    arguments: list[str], exit_code: int, words: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == exit_code, result.stderr
+    assert words in result.stderr
