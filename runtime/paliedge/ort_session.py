@@ -53,16 +53,12 @@ class OrtCache:
         self.allowed_ids = np.empty((batch, 2), np.int64)
         self.next_tokens = np.empty(batch, np.int64)
         self.log_probs = np.empty(batch, np.float32)
-        self.buffers: dict[str, npt.NDArray[np.generic]] = {}
-        self.new_rows: dict[str, npt.NDArray[np.generic]] = {}
-        for tensor in target.decoder.inputs:
-            if tensor.name.startswith("past_key_values."):
-                heads, dim = tensor.shape[1], tensor.shape[3]
-                assert isinstance(heads, int)
-                assert isinstance(dim, int)
-                self.buffers[tensor.name] = np.zeros((batch, heads, capacity, dim), tensor.dtype)
-                if target.cache_update == "rows":
-                    self.new_rows[tensor.name] = np.empty((batch, heads, 1, dim), tensor.dtype)
+        names, heads, dim, dtype = _cache_inputs(target)
+        shape = (len(names), batch, heads)
+        self._rows = np.zeros((*shape, capacity, dim), dtype)
+        self._new_rows = np.empty((*shape, 1, dim), dtype)
+        self._stores_rows = target.cache_update == "rows"
+        self.buffers = dict(zip(names, self._rows, strict=True))
         self.inputs_embeds = np.empty((batch, 1, hidden_size), np.float32)
         self.position_ids = np.empty((batch, 1), np.int64)
         self._session = session
@@ -84,10 +80,17 @@ class OrtCache:
         binding.bind_cpu_input("allowed_ids", self.allowed_ids[rows])
         _bind_output(binding, "next_token", self.next_tokens[rows])
         _bind_output(binding, "log_prob", self.log_probs[rows])
-        for name, buffer in self.buffers.items():
+        for (name, buffer), new in zip(self.buffers.items(), self._new_rows, strict=True):
             binding.bind_cpu_input(name, buffer[rows])
-            _bind_output(binding, present_name(name), self.new_rows.get(name, buffer)[rows])
+            _bind_output(binding, present_name(name), (new if self._stores_rows else buffer)[rows])
         return binding
+
+    def append(self, batch: int) -> None:
+        """Take the step's new rows in, where the graph has not written them itself: the first rows grow by a token."""
+        if self._stores_rows:
+            for row in range(batch):
+                self._rows[:, row, :, self.lengths[row]] = self._new_rows[:, row, :, 0]
+        self.lengths[:batch] += 1
 
     def steps(self, rows: slice) -> list[Step]:
         """What the last step put out for `rows`."""
@@ -126,13 +129,8 @@ class OrtSession:
         self._masks: ort.InferenceSession | None = None
         self._vision = load_graph(bundle.path(self._target.vision_encoder.file), num_threads, provider)
         self._decoder = load_graph(bundle.path(self._target.decoder.file), num_threads, provider)
-        self._empty = {
-            tensor.name: np.zeros(
-                [size if isinstance(size, int) else 0 for size in (1, *tensor.shape[1:])], tensor.dtype
-            )
-            for tensor in self._target.decoder.inputs
-            if tensor.name.startswith("past_key_values.")
-        }
+        names, heads, dim, dtype = _cache_inputs(self._target)
+        self._empty = dict.fromkeys(names, np.zeros((1, heads, 0, dim), dtype))
         self._prefill_outputs = [tensor.name for tensor in self._target.decoder.outputs]
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
@@ -179,11 +177,7 @@ class OrtSession:
         cache.inputs_embeds[:batch, 0] = inputs_embeds
         cache.position_ids[:batch, 0] = cache.lengths[:batch] + 1
         steps = self.repeat_decode(cache, allowed)
-        for name, new in cache.new_rows.items():
-            buffer = cache.buffers[name]
-            for row in range(batch):
-                buffer[row, :, cache.lengths[row]] = new[row, :, 0]
-        cache.lengths[:batch] += 1
+        cache.append(batch)
         return steps
 
     def repeat_decode(self, cache: OrtCache, allowed: Sequence[IdRange]) -> list[Step]:
@@ -231,6 +225,7 @@ def load_graph(
     options = ort.SessionOptions()
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")  # from 1.24 on; others pass over it
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -256,6 +251,16 @@ def load_graph(
             action="Run `paliedge doctor`, or use `--backend cpu`.",
         )
     return session
+
+
+def _cache_inputs(target: Target) -> tuple[list[str], int, int, str]:
+    """Names of the cache's tensors, and the heads, the width and the type that all of them have."""
+    tensors = [tensor for tensor in target.decoder.inputs if tensor.name.startswith("past_key_values.")]
+    (kind,) = {(tensor.shape[1], tensor.shape[3], tensor.dtype) for tensor in tensors}
+    heads, dim, dtype = kind
+    assert isinstance(heads, int)
+    assert isinstance(dim, int)
+    return [tensor.name for tensor in tensors], heads, dim, dtype
 
 
 def _bind_output(binding: ort.IOBinding, name: str, array: npt.NDArray[np.generic]) -> None:
