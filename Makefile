@@ -8,7 +8,7 @@ GPU_EXTRAS ?= gpu,tensorrt
 # torch's plain name brings gigabytes of CUDA packages on x86; this version has a CPU build on its own index too.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-gpu lint types architecture ci clean
+.PHONY: demo test test-gpu lint types architecture ci bench-report clean
 
 demo: $(DEMO)/ready
 	@$(DEMO)/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes --no-compare
@@ -33,6 +33,11 @@ architecture: $(TEST)/ready
 	$(TEST)/bin/lint-imports
 
 ci: lint types architecture test
+
+# The README's tables and pictures, from benchmarks/results/*.json.
+bench-report: $(TEST)/ready
+	$(TEST)/bin/python -m benchmarks.precision_table
+	$(TEST)/bin/python -m benchmarks.bench_report
 
 $(DEMO)/ready: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)

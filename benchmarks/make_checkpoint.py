@@ -1,6 +1,7 @@
 """Write a PaliGemma checkpoint of real size with random weights, as the hub has it: for memory and speed.
 
     python -m benchmarks.make_checkpoint FOLDER --model paligemma-3b --image-size 224
+    python -m benchmarks.make_checkpoint FOLDER --layers 6    # of full width, for where 3B takes too long
 
 Names, sharding, config.json and token ids are those of google/paligemma-3b-pt-224 and its like;
 weights and words are not, so answers mean nothing.
@@ -59,8 +60,11 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def hub_config(text: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """config.json as the hub has it: only what differs from old defaults is written out."""
+def hub_config(text: dict[str, Any], image_size: int, num_layers: int | None = None) -> dict[str, Any]:
+    """config.json as the hub has it: only what differs from old defaults is written out.
+
+    With `num_layers` both parts, vision encoder and decoder, are that deep, and each layer is as wide as ever.
+    """
     num_image_tokens = (image_size // 14) ** 2
     width = text["hidden_size"]
     vision = {
@@ -77,6 +81,9 @@ def hub_config(text: dict[str, Any], image_size: int) -> dict[str, Any]:
     }
     if image_size != 224:
         vision["image_size"] = image_size
+    if num_layers:
+        vision["num_hidden_layers"] = num_layers
+        text = text | {"num_hidden_layers": num_layers}
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "bos_token_id": 2,
@@ -154,10 +161,10 @@ def write_weights(folder: Path, config: ModelConfig) -> int:
     return total
 
 
-def make_checkpoint(folder: Path, model: str, image_size: int) -> int:
-    """Write all files of the checkpoint to `folder`; returns the weights' size in bytes."""
+def make_checkpoint(folder: Path, model: str, image_size: int, num_layers: int | None = None) -> int:
+    """Write all files of the checkpoint to `folder`, see `hub_config`; returns the weights' size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = hub_config(TEXT_CONFIGS[model], image_size)
+    config = hub_config(TEXT_CONFIGS[model], image_size, num_layers)
     processor = {
         "do_convert_rgb": None,
         "do_normalize": True,
@@ -183,8 +190,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", choices=sorted(TEXT_CONFIGS), default="paligemma-3b")
     parser.add_argument("--image-size", type=int, choices=(224, 448, 896), default=224)
+    parser.add_argument("--layers", type=int, help="of vision encoder and decoder; the model's own unless given")
     arguments = parser.parse_args()
-    size = make_checkpoint(arguments.folder, arguments.model, arguments.image_size)
+    size = make_checkpoint(arguments.folder, arguments.model, arguments.image_size, arguments.layers)
     print(f"{arguments.folder}: {size / 1e9:.2f} GB of weights")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+_SPEED = "peers_3b.json"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- precision tables, by benchmarks/precision_table.py -->", "<!-- end of precision tables -->"
 
@@ -55,9 +56,9 @@ def quality_table() -> str:
 
 
 def speed_table() -> str:
-    """PaliGemma-3B's size on the CPU, beside transformers."""
+    """PaliGemma-3B's size on the CPU, beside transformers and OpenVINO."""
     rows = []
-    for name, one in _load("precision_speed.json")["engines"].items():
+    for name, one in _load(_SPEED)["engines"].items():
         low, high = one["answer_range"]
         size = weights = decode = share = "-"
         if "bundle_bytes" in one:
@@ -113,9 +114,9 @@ def render() -> str:
             "`--sensitivity 50`; plain int4 of this small model is refused by the gate):",
             quality_table(),
             "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
-            "of one interleaved run (`python -m benchmarks.precision_speed`). "
-            '"Times faster" is against transformers\' faster precision, "of the machine\'s" the share of '
-            f"{_load('precision_speed.json')['read_bandwidth'] / 1e9:.1f} GB/s, what a probe between the engines read:",
+            "of one interleaved run (`python -m benchmarks.peers.whole_model 3b --work FOLDER`). "
+            '"Times faster" is against transformers\' fastest, "of the machine\'s" the share of '
+            f"{_load(_SPEED)['read_bandwidth'] / 1e9:.1f} GB/s, what a probe between the engines read:",
             speed_table(),
             "Engines of that size, both profiles (`python -m benchmarks.rtx_build`):",
             engine_table(),

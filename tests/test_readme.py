@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import precision_table
+from benchmarks import bench_report, precision_table
 from benchmarks.shapes.precisions import find_losses
 from paliedge.bundle import Bundle
 from paliedge.model import SHIPPED_BUNDLE
@@ -81,6 +81,10 @@ def test_the_precision_tables_are_made_from_the_stored_results() -> None:
     assert precision_table.render() in README
 
 
+def test_the_performance_section_is_made_from_the_stored_results() -> None:
+    assert bench_report.render() in README
+
+
 def test_no_precision_costs_more_than_it_may() -> None:
     exports = json.loads((RESULTS / "shapes_precisions.json").read_text())["exports"]
     assert {(one["target"], one["precision"]) for one in exports} >= {
@@ -91,7 +95,7 @@ def test_no_precision_costs_more_than_it_may() -> None:
 
 
 def test_bundles_are_as_small_and_as_planned() -> None:
-    engines = json.loads((RESULTS / "precision_speed.json").read_text())["engines"]
+    engines = json.loads((RESULTS / "peers_3b.json").read_text())["engines"]
     for name, largest in (("paliedge int8", 3.2e9), ("paliedge int4", 2.6e9)):
         assert engines[name]["bundle_bytes"] <= largest
         assert abs(engines[name]["plan_over_files"] - 1) <= 0.05

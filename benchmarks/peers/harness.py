@@ -29,6 +29,8 @@ NUM_TOKENS = 10
 NUM_PROMPT_TOKENS = 16
 _PROBE_BYTES = 1 << 29
 _PROBES = 8
+_MESSAGE = 400
+"""Characters of a failure that are kept."""
 
 
 class Inputs(NamedTuple):
@@ -40,11 +42,22 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(image_size: int, bos: int, words: tuple[int, int], num_tokens: int = NUM_TOKENS) -> Inputs:
-    """The same for every engine: `num_tokens` - 1 forced tokens, drawn from the ids `words` (first, behind the last)."""
+    """The same for every engine: `num_tokens` - 1 forced tokens, drawn from the ids `words` (first, past the last)."""
     rng = np.random.default_rng(0)
     pixels = rng.uniform(-1, 1, (1, 3, image_size, image_size)).astype(np.float32)
     drawn = rng.integers(*words, NUM_PROMPT_TOKENS - 1 + num_tokens - 1).tolist()
     return Inputs(pixels, [bos, *drawn[: NUM_PROMPT_TOKENS - 1]], drawn[NUM_PROMPT_TOKENS - 1 :])
+
+
+def save_inputs(path: Path, inputs: Inputs) -> None:
+    """For peers whose environment has nothing of ours."""
+    np.savez(path, pixels=inputs.pixels, prompt=inputs.prompt, forced=inputs.forced)
+
+
+def load_inputs(path: Path) -> Inputs:
+    """What `save_inputs` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        return Inputs(file["pixels"], file["prompt"].tolist(), file["forced"].tolist())
 
 
 class Clock:
@@ -65,19 +78,23 @@ class Clock:
 def measure(answer: Callable[[], dict[str, Any]], load_s: float, num_answers: int = 2) -> dict[str, Any]:
     """What a child prints: `num_answers` answers behind one that warms up, and this process's memory in bytes.
 
+    The first one's seconds are told apart: what an engine compiles when it is first used is in them.
+
     Args:
         answer: gives seconds `vision`, `prefill`, `tokens` (one a decode step) and `answer`; and `chosen`, the
             tokens that the engine would have said.
         load_s: seconds that loading took.
         num_answers: how many are measured.
     """
+    started = time.perf_counter()
     answer()
+    first = time.perf_counter() - started
     answers = [answer() for _ in range(num_answers)]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     memory = {
         name: int(status[key].split()[0]) * 1024 for name, key in (("peak_rss", "VmHWM"), ("anonymous", "RssAnon"))
     }
-    return {"load": load_s, "answers": answers, **memory}
+    return {"load": load_s, "first_answer": first, "answers": answers, **memory}
 
 
 def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -127,16 +144,39 @@ def run_child(engine: Engine) -> dict[str, Any]:
 
 
 def take_turns(
-    engines: Sequence[Engine], num_rounds: int, between: Callable[[], None] = lambda: None
+    engines: Sequence[Engine],
+    num_rounds: int,
+    between: Callable[[], None] = lambda: None,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every engine in turn, `num_rounds` times; `between` runs after each."""
+    """Every engine in turn, `num_rounds` times; `between` runs after each.
+
+    With `failures` an engine whose child ends with an error is named there and has no more turns; else it is raised.
+    """
     rounds: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
     for index in range(num_rounds):
         for engine in engines:
-            rounds[engine.name].append(run_child(engine))
+            if failures is not None and engine.name in failures:
+                continue
+            try:
+                rounds[engine.name].append(run_child(engine))
+            except RuntimeError as error:
+                if failures is None:
+                    raise
+                failures[engine.name] = first_error(str(error))
+                print(index + 1, engine.name, failures[engine.name], file=sys.stderr, flush=True)
+                continue
             print(index + 1, engine.name, json.dumps(summarise(rounds[engine.name][-1:])), file=sys.stderr, flush=True)
             between()
     return rounds
+
+
+def first_error(text: str) -> str:
+    """The message of the last traceback in what a child printed, or its last line; in one line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    begins = [place for place, line in enumerate(lines) if line.startswith("Traceback")]
+    message = [line.strip() for line in lines[begins[-1] + 1 :] if not line.startswith("  ")] if begins else lines[-1:]
+    return " ".join(message)[:_MESSAGE]
 
 
 def environment(name: str, requirements: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
@@ -169,3 +209,13 @@ def read_bandwidth(num_threads: int) -> float:
             list(pool.map(np.sum, pieces))
             times.append(time.perf_counter() - started)
     return array.nbytes / min(times)
+
+
+def probe_bandwidth(num_threads: int) -> float:
+    """`read_bandwidth` in a process of its own, whose memory is its own."""
+    command = [sys.executable, "-m", "benchmarks.peers.harness", str(num_threads)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+if __name__ == "__main__":
+    print(read_bandwidth(int(sys.argv[1])))

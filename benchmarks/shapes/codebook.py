@@ -5,7 +5,7 @@
 
 A VQ-VAE on masks of 64 x 64 pixels, cropped to their boxes. Its decoder and its codebook have the
 names and the layout of the published vae-oid.npz, only narrower, and are what is written; the encoder serves
-training alone: with it each mask of the pool gets its codes, POOL/codes.npy, beside POOL/codewords.npy.
+training alone: with it each mask of the pool gets its codes, POOL/codes.npy.
 """
 
 from __future__ import annotations
@@ -166,13 +166,12 @@ def train(packed: np.ndarray[Any, Any], steps: int, log: Path, batch: int = 128,
 
 @torch.no_grad()
 def write_codes(model: Codebook, packed: np.ndarray[Any, Any], places: np.ndarray[Any, Any], pool: Path) -> None:
-    """The codes of every mask of the pool and what they stand for, for training to read."""
+    """The codes of every mask of the pool, for training to read."""
     codes = np.zeros((*np.load(pool / "classes.npy", mmap_mode="r").shape, CODES), np.uint8)
     for start in range(0, len(packed), 1_000):
         scene, place = places[start : start + 1_000].T
         codes[scene, place] = model.encode(unpack(packed[start : start + 1_000])).numpy()
     np.save(pool / "codes.npy", codes)
-    np.save(pool / "codewords.npy", model.embedding.numpy())
 
 
 def save_decoder(model: Codebook, path: Path) -> None:

@@ -46,7 +46,7 @@ class Pool:
     images [N, 112, 112, 3] uint8, boxes [N, 6, 4] (x1 y1 x2 y2), classes [N, 6],
     text [N] bytes, patch_object [N, 64] (the object that covers most of the patch),
     patch_chars [N, 64, 2] (characters centred in the patch), patch_order [N, 64] (place of the first of them),
-    codes [N, 6, 16] (each mask's segmentation codes) and codewords [128, D], which benchmarks.shapes.codebook adds.
+    codes [N, 6, 16] (each mask's segmentation codes, which benchmarks.shapes.codebook adds).
     """
 
     images: npt.NDArray[np.uint8]
@@ -57,7 +57,6 @@ class Pool:
     patch_chars: npt.NDArray[np.int8]
     patch_order: npt.NDArray[np.int8]
     codes: npt.NDArray[np.uint8]
-    codewords: npt.NDArray[np.float32]
 
     @classmethod
     def load(cls, folder: Path) -> Pool:

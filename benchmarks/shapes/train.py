@@ -9,11 +9,9 @@ On a CPU a process a core, each with one thread, is twice as fast as one process
 `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.shapes.train ...`
 
 RUN gets log.jsonl, the resumable state and, at the end, the checkpoint in Hugging Face format.
-Four helps that training has and the model does not keep: location targets are spread over the
-neighbouring bins, and targets of mask codes over codes with similar codewords; the codes that the model sees of
-its own answer are drawn from such neighbours, so that it looks at the picture; a dense head on the vision
-encoder's output names each patch's object, its box, the codes of its mask and its characters; a head in the
-middle of the decoder marks the patches that answer the prompt, by rank.
+Three helps that training has and the model does not keep: location targets are spread over the
+neighbouring bins; a dense head on the vision encoder's output names each patch's object, its box, the codes
+of its mask and its characters; a head in the middle of the decoder marks the patches that answer the prompt, by rank.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from benchmarks.shapes.scenes import (
     Example,
     make_examples,
 )
-from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, NEWLINE, SEGMENTATIONS, build_tokenizer, write_tokenizer
+from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, NEWLINE, build_tokenizer, write_tokenizer
 
 NUM_PATCHES = GRID * GRID
 IGNORE = -100
@@ -57,16 +55,11 @@ VALIDATION_SCENES = 60
 _VALIDATION_TOKENS = 80
 _CODE = re.compile("<seg[0-9]{3}>")
 _TASKS_WITH_TARGETS = ("detect", "count", "colour", "segment")
-_ANSWER_LOSSES = ("location", "mask", "text")
 _MARK_LAYER = 3
 _LENGTH_GROUPS = 3
 _MUON_RATE = 4
 _SOFT_BINS = 512 / IMAGE_SIZE
 """Standard deviation of a location target, in bins: half a pixel."""
-_SOFT_CODES = 1.5
-"""The same of a code's target, in distances from a codeword to its nearest: a mask's IoU hardly feels such a change."""
-_NOISY_CODES = 2.5
-"""The same for the codes that training shows as the answer so far."""
 
 
 def make_config(tokenizer: Tokenizer, width: int = 128) -> PaliGemmaConfig:
@@ -154,8 +147,8 @@ class DenseHeads(nn.Module):
         self.codes = nn.Linear(width, CODES * NUM_CODES)
         self.mark = nn.Linear(width, MAX_OBJECTS + 1)
 
-    def patch_losses(self, features: Tensor, targets: dict[str, Tensor], codes_spread: Tensor) -> dict[str, Tensor]:
-        """`features` [I, 64, D] of the vision encoder; `codes_spread` [128, 128], a row a code's target."""
+    def patch_losses(self, features: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`features` [I, 64, D] of the vision encoder."""
         classes, box, chars, order = self.patch(features).split(self.sizes, -1)
         inside = targets["patch_class"] >= 0
         char_targets = targets["patch_chars"].flatten() % (len(CHARACTERS) + 1)
@@ -166,8 +159,7 @@ class DenseHeads(nn.Module):
         return {
             "class": functional.cross_entropy(classes.flatten(0, 1), kinds),
             "box": 12 * functional.smooth_l1_loss(box[inside], targets["patch_box"][inside], beta=0.03),
-            "code": 0.3
-            * functional.cross_entropy(codes.flatten(0, 1), codes_spread[targets["patch_codes"][inside].flatten()]),
+            "code": 0.3 * functional.cross_entropy(codes.flatten(0, 1), targets["patch_codes"][inside].flatten()),
             "char": char_losses.mean() + char_losses[has_char].sum() / (has_char.sum() + 1),
             "order": functional.cross_entropy(order.flatten(0, 1), targets["patch_order"].flatten() % 7),
         }
@@ -274,33 +266,17 @@ def prefix_lm_mask(prefix_length: Tensor, length: Tensor, width: int) -> Tensor:
     return (visible | torch.eye(width, dtype=torch.bool, device=length.device))[:, None]
 
 
-def _spread(points: Tensor) -> Tensor:
-    """[N, N] whose rows are distributions: Gaussians about each of the N points [N, D]."""
-    points = points.float()
-    return torch.softmax(-(torch.cdist(points, points) ** 2) / 2, 1)
-
-
 class Trainee(nn.Module):
     """Model and heads with the loss as forward."""
 
-    location_spread: Tensor
-    code_spread: Tensor
-    code_noise: Tensor
-
-    def __init__(self, model: PaliGemmaForConditionalGeneration, tokenizer: Tokenizer, codewords: Tensor) -> None:
+    def __init__(self, model: PaliGemmaForConditionalGeneration, first_location: int) -> None:
         super().__init__()
         self.model = model
         self.heads = DenseHeads(model.config.text_config.hidden_size)
-        vocabulary = tokenizer.get_vocab()
-        self.first_location, self.first_code = vocabulary[LOCATIONS[0]], vocabulary[SEGMENTATIONS[0]]
-        nearest = torch.cdist(codewords, codewords).topk(2, largest=False).values[:, 1].median()
-        spreads = {
-            "location_spread": _spread(torch.arange(len(LOCATIONS))[:, None] / _SOFT_BINS),
-            "code_spread": _spread(codewords / (_SOFT_CODES * nearest)),
-            "code_noise": _spread(codewords / (_NOISY_CODES * nearest)),
-        }
-        for name, spread in spreads.items():
-            self.register_buffer(name, spread, persistent=False)
+        self.first_location = first_location
+        bins = torch.arange(len(LOCATIONS))
+        spread = torch.exp(-((bins[:, None] - bins[None, :]) ** 2) / (2 * _SOFT_BINS**2))
+        self.register_buffer("spread", spread / spread.sum(1, keepdim=True), persistent=False)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         features = self.model.model.vision_tower(pixel_values).last_hidden_state
@@ -324,45 +300,30 @@ class Trainee(nn.Module):
     def vision_loss(self, batch: Batch) -> dict[str, Tensor]:
         """The dense losses alone: what the vision encoder learns before the decoder joins."""
         features, _ = self.encode_images(batch.pixel_values)
-        return self.heads.patch_losses(features.float(), batch.dense, self.code_spread)
-
-    def _noisy(self, input_ids: Tensor) -> Tensor:
-        """`input_ids` with every code drawn from its neighbours."""
-        codes = input_ids - self.first_code
-        is_code = (codes >= 0) & (codes < NUM_CODES)
-        noisy = input_ids.clone()
-        noisy[is_code] = torch.multinomial(self.code_noise[codes[is_code]], 1)[:, 0] + self.first_code
-        return noisy
+        return self.heads.patch_losses(features.float(), batch.dense)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         features, images = self.encode_images(batch.pixel_values)
-        input_ids = self._noisy(batch.input_ids)
         chosen, marks = [], []
         order = batch.length.argsort()
         for rows in order.chunk(_LENGTH_GROUPS):  # short texts apart from long ones: less padding
             width = int(batch.length[rows].max())
             lengths = batch.prefix_length[rows], batch.length[rows]
-            middle, hidden = self.decode(images[batch.image_index[rows]], input_ids[rows, :width], *lengths)
+            middle, hidden = self.decode(images[batch.image_index[rows]], batch.input_ids[rows, :width], *lengths)
             chosen.append(hidden[:, NUM_PATCHES:][batch.labels[rows, :width] != IGNORE])
             marks.append(middle[:, :NUM_PATCHES])
         log_probs = self.model.lm_head(torch.cat(chosen)).float().log_softmax(-1)
         labels = batch.labels[order]
         labels = labels[labels != IGNORE]
-        losses, plain = {}, torch.ones_like(labels, dtype=torch.bool)
-        for name, first, spread in (
-            ("location", self.first_location, self.location_spread),
-            ("mask", self.first_code, self.code_spread),
-        ):
-            places = labels - first
-            here = (places >= 0) & (places < len(spread))
-            loss = -(spread[places[here]] * log_probs[here, first : first + len(spread)]).sum()
-            losses[name] = loss / (here.sum() + 1)
-            plain &= ~here
-        text = functional.nll_loss(log_probs[plain], labels[plain], reduction="sum")
+        bins = labels - self.first_location
+        is_location = (bins >= 0) & (bins < len(LOCATIONS))
+        location_probs = log_probs[is_location][:, self.first_location : self.first_location + len(LOCATIONS)]
+        location = -(self.spread[bins[is_location]] * location_probs).sum()
+        text = functional.nll_loss(log_probs[~is_location], labels[~is_location], reduction="sum")
         return {
-            **losses,
-            "text": text / (plain.sum() + 1),
-            **self.heads.patch_losses(features.float(), batch.dense, self.code_spread),
+            "location": location / (is_location.sum() + 1),
+            "text": text / ((~is_location).sum() + 1),
+            **self.heads.patch_losses(features.float(), batch.dense),
             "mark": self.heads.mark_loss(torch.cat(marks).float(), batch.ranks[order]),
         }
 
@@ -514,12 +475,12 @@ class Run:
         self.num_workers, self.rank = num_workers, rank
         self.tokenizer = build_tokenizer()
         self.encoder = Encoder(self.tokenizer)
+        first_location = self.tokenizer.get_vocab()[LOCATIONS[0]]
         start: Path | None = arguments.start
         model = PaliGemmaForConditionalGeneration.from_pretrained(start) if start else make_model(self.tokenizer)
-        self.pool = Pool.load(arguments.pool)
-        codewords = torch.from_numpy(np.array(self.pool.codewords))
-        self.trainee = Trainee(model.float().train(), self.tokenizer, codewords).to(arguments.device)
+        self.trainee = Trainee(model.float().train(), first_location).to(arguments.device)
         self.optimizers = make_optimizers(self.trainee, arguments.rate)
+        self.pool = Pool.load(arguments.pool)
         self.step, self._seconds, self._started = 0, 0.0, time.perf_counter()
         self._state_path: Path = arguments.run / "state.pt"
         if self._state_path.exists():
@@ -548,7 +509,7 @@ class Run:
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
             losses = self.trainee.vision_loss(batch) if alone else self.trainee(batch)
         dense = _dense_weight(self.step, options.steps)
-        weighted = [value if name in _ANSWER_LOSSES else dense * value for name, value in losses.items()]
+        weighted = [value if name in ("location", "text") else dense * value for name, value in losses.items()]
         self.trainee.zero_grad(set_to_none=True)
         torch.stack(weighted).sum().backward()
         if self.num_workers > 1:

@@ -1,0 +1,258 @@
+"""Write the README's performance section and its pictures from the stored results: `make bench-report`.
+
+    python -m benchmarks.bench_report
+
+What stands between the markers in README.md is made here and nowhere else. Every table names the command that made its
+figures; a result that is not there is left out, but a table never mixes machines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from paliedge.benching.plots import plot
+from paliedge.benching.record import Record, read_record
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- performance, by benchmarks/bench_report.py -->", "<!-- end of performance -->"
+_SIZES = {
+    "shapes": "The shapes model (1.9 million parameters, 112 pixels)",
+    "mid": "Full width, 6 + 6 layers (224 pixels)",
+    "3b": "PaliGemma-3B's size (224 pixels)",
+}
+_STAGES = ("vision", "prefill", "token", "answer")
+
+
+def render() -> str:
+    """All that stands between the markers."""
+    return "\n\n".join(part for make in _PARTS for part in make())
+
+
+def main() -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    plot(list(_records("bench_*.json")), RESULTS / "plots")
+    README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+
+
+def _records(pattern: str) -> Iterator[Record]:
+    """Of `paliedge bench -o`, by name."""
+    for path in sorted(RESULTS.glob(pattern)):
+        yield read_record(path)
+
+
+def _ours() -> Iterator[str]:
+    """`paliedge bench` of each stored record."""
+    rows = [row for record in _records("bench_*.json") for row in _bench_rows(record)]
+    if not rows:
+        return
+    yield "`paliedge bench` on " + _machine(next(_records("bench_*.json"))) + ", medians (and p90) in milliseconds:"
+    head = ("bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU of a token", "peak RSS, GB")
+    yield _table((*head, "load, s", "answers as exported"), rows)
+    yield "\n".join(f"![{name}](benchmarks/results/plots/{name}.png)" for name in _drawn())
+
+
+def _drawn() -> list[str]:
+    return [path.stem for path in sorted((RESULTS / "plots").glob("*.png"))]
+
+
+def _bench_rows(record: Record) -> Iterator[list[str]]:
+    subject, cold, accuracy = record.subject, record.cold_start, record.accuracy
+    for run in record.runs:
+        token = run.stages.get("token")
+        yield [
+            f"{subject.bundle} {subject.precision}, `{subject.target}`",
+            run.name,
+            _median(run.stages["ttft"].wall),
+            _median(token.wall) if token else "-",
+            _median(run.latency),
+            f"{run.answers_per_s:.2f}",
+            f"{token.mbu:.0%}" if token and token.mbu else "-",
+            f"{record.memory.peak_rss / 1e9:.2f}",
+            f"{cold.engine:.2f}" if cold else "-",
+            f"{accuracy.num_equal} of {accuracy.num_answers}" if accuracy else "-",
+        ]
+
+
+def _median(found: Any) -> str:
+    return f"{found.p50:.2f}" + (f" ({found.p90:.2f})" if found.p90 is not None else "")
+
+
+def _peers() -> Iterator[str]:
+    """Whole models, a table a size."""
+    for size, title in _SIZES.items():
+        found = _load(f"peers_{size}.json")
+        if found:
+            yield (
+                f"{title}, whole answers of 10 tokens to 16 and an image, seconds, medians of {found['num_rounds']} "
+                "rounds in which the engines took turns, on "
+                f"{found['machine']['cpu']}, {found['num_threads']} threads; "
+                f"`python -m benchmarks.peers.whole_model {size} --work FOLDER`:"
+            )
+            yield _table(
+                ("engine", "class", *_STAGES, "range of answers", "peak RSS, GB", "off fp32, nats"),
+                [_peer_row(name, one) for name, one in _by_class(found["engines"])],
+            )
+            yield from _ratios(found["comparisons"], found["failures"])
+
+
+def _by_class(engines: dict[str, Any]) -> list[tuple[str, Any]]:
+    order = ("fp32", "16-bit", "int8", "int4")
+    return sorted(engines.items(), key=lambda item: (order.index(item[1]["precision"]), item[1]["answer"]))
+
+
+def _peer_row(name: str, one: dict[str, Any]) -> list[str]:
+    low, high = one["answer_range"]
+    off = (one.get("agreement") or {}).get("max_difference")
+    times = [f"{one[stage]:.4g}" for stage in _STAGES]
+    about = [f"{low:.3g} to {high:.3g}", f"{one['peak_rss'] / 1e9:.2f}", "-" if off is None else f"{off:.3g}"]
+    return [name, one["precision"], *times, *about]
+
+
+def _ratios(comparisons: dict[str, Any], failures: dict[str, str]) -> Iterator[str]:
+    lines = []
+    for precision, one in comparisons["classes"].items():
+        best = one["best"]["answer"]
+        lines.append(f"- {precision}, whole answer: {_ratio(best)}")
+    if best := comparisons["best_against_best"].get("answer"):
+        lines.append(f"- whatever the precision: {_ratio(best)}")
+    lines += [f"- not measured: {name}: {reason}" for name, reason in failures.items()]
+    yield "\n".join(lines)
+
+
+def _ratio(best: dict[str, Any]) -> str:
+    low, high = best["range"]
+    return f"{best['ours']} is {best['ratio']:.2f} times ({low:.2f} to {high:.2f}) as fast as {best['theirs']}"
+
+
+def _decoders() -> Iterator[str]:
+    """Decoders alone, beside runtimes that know no PaliGemma."""
+    for size in _SIZES:
+        found = _load(f"peers_decoder_{size}.json")
+        if found:
+            yield (
+                f"The decoder alone, {found['layers']} layers, {found['prefix']} tokens in, {found['tokens']} out, no "
+                "image; causal mask in the peers, prefix-LM in ours; "
+                f"`python -m benchmarks.peers.decoder_only {size} --work FOLDER`:"
+            )
+            engines = {name: one for name, one in found["engines"].items() if "token" in one}
+            head = (
+                "engine",
+                "class",
+                "prefill, s",
+                "a token, ms",
+                "range",
+                "reads a token, GB",
+                "GB/s",
+                "peak RSS, GB",
+            )
+            yield _table((*head, "off fp32, nats"), [_decoder_row(name, one) for name, one in engines.items()])
+            yield "\n".join(
+                f"- {pair}: decode {_spread(one['decode'])}, prefill {_spread(one['prefill'])}, "
+                f"memory {_spread(one['peak_rss'])}"
+                for pair, one in found["ratios"].items()
+            )
+
+
+def _decoder_row(name: str, one: dict[str, Any]) -> list[str]:
+    low, high = (1000 * seconds for seconds in one["token_range"])
+    return [
+        name,
+        one["precision"],
+        f"{one['prefill']:.3g}",
+        f"{1000 * one['token']:.1f}",
+        f"{low:.1f} to {high:.1f}",
+        f"{one['bytes_per_token'] / 1e9:.2f}",
+        f"{one['decode_gb_per_s']:.1f}",
+        f"{one['peak_rss'] / 1e9:.2f}",
+        f"{one['agreement']['largest']:.3g}",
+    ]
+
+
+def _spread(one: dict[str, Any]) -> str:
+    low, high = one["range"]
+    return f"{one['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _scaling() -> Iterator[str]:
+    found = _load("scaling.json")
+    if found:
+        yield (
+            f"How cost grows, {found['model']}, `python -m benchmarks.scaling --work FOLDER`: a decode step behind 90 "
+            f"tokens takes {found['late_over_early']:.3f} times what it takes behind 5 "
+            f"({found['late_over_early_range'][0]:.3f} to {found['late_over_early_range'][1]:.3f}); and of vision and "
+            "prefill together:"
+        )
+        rows = [
+            [
+                str(one["image_size"]),
+                f"{one['flops'] / 1e12:.2f}",
+                f"{one['seconds']:.2f}",
+                f"{one['flops'] / one['seconds'] / 1e9:.0f}",
+                f"{one['over_flops']:.2f}",
+            ]
+            for one in found["sizes"]
+        ]
+        yield _table(("pixels", "operations, 10^12", "seconds", "10^9 operations/s", "over what operations say"), rows)
+
+
+def _jetsons() -> Iterator[str]:
+    found = _load("jetson_floors.json")
+    if found:
+        yield (
+            "**Jetsons: predictions, no board has run them.** Milliseconds of one answer (16 tokens in, 10 out) at "
+            f"{found['model']}, 3B: the floor that a data sheet's bandwidth and operations allow, and at the rates "
+            "that such boards are seen to keep; `python -m benchmarks.jetson_floors BUNDLE`:"
+        )
+        rows = [
+            [
+                one["device"],
+                one["precision"],
+                f"{one['floor_ms']['answer']:.0f}",
+                f"{one['sustained_ms']['answer']:.0f}",
+                f"{one['sustained_ms']['vision'] + one['sustained_ms']['prefill']:.0f}",
+                f"{one['sustained_ms']['token']:.1f}",
+                f"{one['memory_bytes'] / 1e9:.1f}",
+            ]
+            for one in found["rows"]
+        ]
+        head = ("device", "precision", "floor", "predicted", "predicted first token", "predicted token", "memory, GB")
+        yield _table(head, rows)
+
+
+def _boards() -> Iterator[str]:
+    rows = [row for record in _records("boards/*.json") for row in _bench_rows(record)]
+    yield (
+        "**Contribute a board's figures:** `paliedge bench -m BUNDLE -o benchmarks/results/boards/NAME.json` on the "
+        "quiet board, in its fastest power mode, and open a pull request with that file alone; `make bench-report` "
+        "takes it into this page." + (" So far:" if rows else " So far there is none.")
+    )
+    if rows:
+        head = ("bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU", "peak RSS, GB", "load, s")
+        yield _table((*head, "answers as exported"), rows)
+
+
+_PARTS = (_ours, _peers, _decoders, _scaling, _jetsons, _boards)
+
+
+def _machine(record: Record) -> str:
+    facts = record.conditions
+    return f"{facts.get('board') or facts.get('processor', 'an unknown processor')} ({facts.get('cores', '?')} cores)"
+
+
+def _load(name: str) -> dict[str, Any]:
+    path = RESULTS / name
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    main()

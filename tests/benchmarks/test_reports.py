@@ -1,0 +1,82 @@
+"""What the performance section says is what the results say, and scripts that judge growth can say no."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_report
+from benchmarks.jetson_floors import floors
+from benchmarks.scaling import flatness, growth, operations
+from paliedge.benching.record import write_record
+from paliedge.bundle import Bundle
+from paliedge.model import SHIPPED_BUNDLE
+from paliedge.roofline import decoder_flops, vision_flops
+from tests.benching.test_record import make_record
+
+
+def test_a_step_that_grows_with_the_answer_is_seen() -> None:
+    def rounds(last: float) -> list[dict[str, Any]]:
+        times = [0.1 + (last - 0.1) * place / 99 for place in range(100)]
+        return [{"answers": [{"tokens": times}] * 2}] * 3
+
+    assert flatness(rounds(0.1))["late_over_early"] == pytest.approx(1.0)
+    assert flatness(rounds(0.2))["late_over_early"] > 1.5
+
+
+def test_growth_beyond_the_operations_is_seen() -> None:
+    found = growth({224: 1.0, 448: 4.0, 896: 40.0}, {224: 10, 448: 40, 896: 200})
+    assert [one["over_flops"] for one in found] == [1.0, 1.0, 2.0]
+
+
+def test_operations_are_those_of_vision_and_prefill() -> None:
+    manifest = Bundle(SHIPPED_BUNDLE).manifest
+    assert operations(manifest) == vision_flops(manifest.model) + decoder_flops(
+        manifest, 80, 80
+    )  # 64 patches, 16 words
+
+
+def test_floors_lie_below_what_boards_are_seen_to_keep() -> None:
+    rows = floors(Bundle(SHIPPED_BUNDLE).manifest)
+    assert {row["precision"] for row in rows} == {"fp16", "int8", "int4"}
+    assert all(row["floor_ms"]["answer"] < row["sustained_ms"]["answer"] for row in rows)
+
+
+def test_the_page_holds_every_record_and_says_what_was_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_report, "RESULTS", tmp_path)
+    assert "So far there is none" in bench_report.render()
+    write_record(make_record(), tmp_path / "bench_3b.json")
+    write_record(make_record(token=7.0), tmp_path / "boards" / "orin.json")
+    engines = {
+        name: {
+            "precision": "int8",
+            **dict.fromkeys(("vision", "prefill", "token", "answer"), seconds),
+            "answer_range": [seconds, 2 * seconds],
+            "peak_rss": 10**9,
+            "agreement": {"max_difference": 0.125},
+        }
+        for name, seconds in (("paliedge int8", 1.5), ("rival int8", 3.0))
+    }
+    best = {"ours": "paliedge int8", "theirs": "rival int8", "ratio": 2.0, "range": [1.75, 2.25]}
+    peers = {
+        "num_rounds": 3,
+        "num_threads": 2,
+        "machine": {"cpu": "a processor"},
+        "engines": engines,
+        "comparisons": {"classes": {"int8": {"best": {"answer": best}}}, "best_against_best": {"answer": best}},
+        "failures": {"rival int4": "cannot load it"},
+    }
+    (tmp_path / "peers_3b.json").write_text(json.dumps(peers))
+    page = bench_report.render()
+    assert page.count("| bundle int8, `cpu` |") == 2
+    assert "| rival int8 | int8 | 3 | 3 | 3 | 3 | 3 to 6 | 1.00 | 0.125 |" in page
+    assert "paliedge int8 is 2.00 times (1.75 to 2.25) as fast as rival int8" in page
+    assert "not measured: rival int4: cannot load it" in page
+    token = make_record(token=7.0).runs[0].stages["token"].wall
+    last = next(line for line in page.splitlines()[::-1] if line.startswith("| bundle"))
+    assert f"| {token.p50:.2f} ({token.p90:.2f}) |" in last
