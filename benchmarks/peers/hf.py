@@ -122,8 +122,10 @@ def main() -> None:
     load_s = time.perf_counter() - started
     if arguments.agree:
         started = time.perf_counter()
-        answer = {"log_probs": peer.log_probs(), "chosen": peer.answer()["chosen"]}
-        print(json.dumps(answer | {"seconds": time.perf_counter() - started}))
+        answer: dict[str, Any] = {"log_probs": peer.log_probs(), "chosen": peer.answer()["chosen"]}
+        if arguments.compile:
+            answer["compile_s"] = time.perf_counter() - started
+        print(json.dumps(answer))
     else:
         print(json.dumps(measure(peer.answer, load_s, arguments.answers)))
 

@@ -106,7 +106,7 @@ def _watch_decode_steps() -> Iterator[list[tuple[float, float]]]:
 
 
 def measure_overhead(folder: Path, num_threads: int, num_answers: int) -> dict[str, Any]:
-    """What a decode step of `PaliGemma.generate` does beside ONNX Runtime's run: between one run's end and the next one.
+    """What a decode step of `PaliGemma.generate` does beside ONNX Runtime's run: from one run's end to the next.
 
     Microseconds, medians over all steps but each answer's first, before which prefill is stored.
     """

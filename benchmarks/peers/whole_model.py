@@ -266,6 +266,8 @@ def versions_of(contenders: Sequence[Contender]) -> dict[str, dict[str, str]]:
 
 def compare_answers(found: Mapping[str, Any], reference: Mapping[str, Any], bound: float) -> dict[str, Any]:
     """Largest difference of log-probabilities, share of equal tokens, and whether that is agreement."""
+    if len(found["log_probs"]) != len(reference["log_probs"]):
+        raise ValueError(f"{len(found['log_probs'])} log-probabilities instead of {len(reference['log_probs'])}")
     pairs = list(zip(found["log_probs"], reference["log_probs"], strict=True))
     equal = [one == other for one, other in zip(found["chosen"], reference["chosen"], strict=True)]
     differences = [abs(one - other) for one, other in pairs]
@@ -312,8 +314,8 @@ class Judge:
         found = self._answer(contender, "--agree")
         exact = self._answer(self._references["cpu-fp32"], "--agree")
         verdict = {"against": _REFERENCE} | compare_answers(found, exact, BOUNDS[precision])
-        if "seconds" in found:
-            verdict["seconds"] = round(found["seconds"], 2)
+        if "compile_s" in found:
+            verdict["compile_s"] = round(found["compile_s"], 1)
         if contender.bundle and contender.peer != "paliedge":
             ours = self._answer(self._references[contender.bundle], "--agree")
             same = compare_answers(found, ours, SAME_GRAPHS_BOUNDS[precision])
@@ -343,7 +345,7 @@ def agree(
         started = time.perf_counter()
         try:
             verdict = verdicts[one.name] = judge.judge(one)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # it ended with an error, or printed what is no answer
             failures[one.name] = first_error(str(error))
         else:
             if not verdict["agrees"]:
@@ -497,7 +499,8 @@ def run(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.reuse and arguments.results.exists():
         found = merge(found, json.loads(arguments.results.read_text()), [one.name for one in chosen])
     for name, one in found["engines"].items():
-        one["agreement"] = found["agreement"].get(name)
+        if compile_s := found["agreement"].get(name, {}).get("compile_s"):
+            one["compile"] = {"cold_s": compile_s, "cached_s": one["first_answer"]}
     add_speedups(found["engines"])
     return {"size": size, "machine": describe_machine(), **found, "comparisons": compare_engines(found["engines"])}
 

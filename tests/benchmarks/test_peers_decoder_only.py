@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper
 from transformers import GemmaForCausalLM, PaliGemmaForConditionalGeneration
 
-from benchmarks.peers import decoder_only, genai
+from benchmarks.peers import decoder_only, genai, harness
 from benchmarks.peers.decoder_only import (
     GENAI,
     LLAMA,
@@ -36,6 +36,7 @@ from benchmarks.peers.gguf_file import (
     gguf_tensors,
     read_vocabulary,
 )
+from benchmarks.peers.harness import Engine
 from benchmarks.peers.stepping import Fed, FloatArray, forced_log_probs, take_answer
 from tests.tiny import make_tiny
 
@@ -248,6 +249,21 @@ def test_ratios_are_of_medians_with_their_range_over_rounds() -> None:
     assert found["decode"] == {"ratio": 3.0, "range": [2.0, 3.0]}
     assert found["prefill"] == {"ratio": 1.5, "range": [1.5, 1.5]}
     assert found["peak_rss"]["ratio"] == found["anonymous"]["ratio"] == 2.0
+
+
+def test_who_fails_in_its_turn_is_recorded_and_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_child(engine: Engine) -> dict[str, Any]:
+        if engine.name == Q8.title:
+            raise RuntimeError("Traceback\n  somewhere\nMemoryError: none left")
+        return one_round(0.1, 1.0, 100)
+
+    monkeypatch.setattr(harness, "run_child", run_child)
+    monkeypatch.setattr(decoder_only, "probe_bandwidth", lambda _: 30e9)
+    timed = decoder_only.time_all([contender(form) for form in (OWN8, OWN4, Q8, Q4)], 2, 1)
+    assert timed["failures"] == {"llama.cpp Q8_0": "MemoryError: none left"}
+    assert set(timed["engines"]) == {"paliedge int8", "paliedge int4", "llama.cpp Q4_0"}
+    assert set(timed["ratios"]) == {"llama.cpp Q4_0 / paliedge int4"}
+    assert timed["read_gb_per_s"] == {"median": 30.0, "range": [30.0, 30.0]}
 
 
 def test_only_equal_classes_are_compared() -> None:
