@@ -50,7 +50,12 @@ def _ours() -> Iterator[str]:
     rows = [row for record in _records("bench_*.json") for row in _bench_rows(record)]
     if not rows:
         return
-    yield "`paliedge bench` on " + _machine(next(_records("bench_*.json"))) + ", medians (and p90) in milliseconds:"
+    yield (
+        f"`paliedge bench` on {_machine(next(_records('bench_*.json')))}, medians (and p90) in milliseconds. The shapes model: "
+        "`paliedge bench --batch 1,2,4,8 --duration 8 -o benchmarks/results/bench_shapes.json`; PaliGemma-3B's size in int8: "
+        '`paliedge bench runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 --scenario single-stream '
+        "--runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`:"
+    )
     head = ("bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU of a token", "peak RSS, GB")
     yield _table((*head, "load, s", "answers as exported"), rows)
     yield "\n".join(f"![{name}](benchmarks/results/plots/{name}.png)" for name in _drawn())

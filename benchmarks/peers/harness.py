@@ -137,6 +137,8 @@ def run_child(engine: Engine) -> dict[str, Any]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "runtime"), str(ROOT / "export")])
     environment = {**os.environ, "PYTHONPATH": path, **engine.environment}
     done = subprocess.run(engine.command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode < 0:  # it had no time to say why; the system does so to the largest when memory runs short
+        raise RuntimeError(f"{engine.name}: killed by signal {-done.returncode}")
     if done.returncode:
         raise RuntimeError(f"{engine.name}: {' '.join(engine.command)} ended with {done.returncode}\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -391,11 +391,10 @@ def describe_engine(contender: Contender, rounds: Sequence[Mapping[str, Any]], b
 
 
 def compare_pair(engines: Mapping[str, Any], ours: str, theirs: str, stage: str) -> dict[str, Any]:
-    """How many times as long they take, of medians; and the range of that over rounds, each with its own medians."""
-    mine, other = engines[ours], engines[theirs]
-    pairs = zip(mine["by_round"][stage], other["by_round"][stage], strict=False)
-    ratios = [round(b / a, 3) for a, b in pairs if a]
-    return {"ratio": round(other[stage] / mine[stage], 3), "range": [min(ratios), max(ratios)]}
+    """How many times as long they take: the median and the range of rounds, in each of which the two took turns."""
+    pairs = zip(engines[ours]["by_round"][stage], engines[theirs]["by_round"][stage], strict=False)
+    ratios = [b / a for a, b in pairs if a]
+    return {"ratio": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
 def compare_engines(engines: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import PaliGemma, ort_session
 from paliedge.bundle import Bundle
 from paliedge.errors import ImageError, UsageError
 from paliedge.model import SHIPPED_BUNDLE
@@ -222,3 +223,20 @@ def test_the_cache_stays_where_it_is_and_decoding_allocates_nothing_that_grows()
     assert {name: buffer.ctypes.data for name, buffer in cache.buffers.items()} == addresses
     assert cache.lengths.tolist() == [limits.prefix + limits.new_tokens]
     assert sizes[1, -1] - sizes[1, 20] < 500
+
+
+def test_a_small_model_runs_on_one_thread_and_a_large_one_on_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    load = ort_session.load_graph
+
+    def count(path: Path, num_threads: int, *rest: Any) -> Any:
+        threads.append(num_threads)
+        return load(path, num_threads, *rest)
+
+    monkeypatch.setattr(ort_session, "load_graph", count)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
+    for small, given, expected in ((10**9, 0, 1), (1, 0, 3), (1, 2, 2)):
+        monkeypatch.setattr(ort_session, "_SMALL_BYTES", small)
+        OrtSession(Bundle(SHIPPED_BUNDLE), num_threads=given).close()
+        assert set(threads) == {expected}
+        threads.clear()

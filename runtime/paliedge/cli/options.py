@@ -142,7 +142,7 @@ def backend_options(verb: Verb) -> Verb:
             default=0,
             envvar="PALIEDGE_THREADS",
             show_envvar=True,
-            help="Threads of ONNX Runtime's operators; 0 takes every core.",
+            help="Threads of ONNX Runtime's operators; 0 takes every core, and one for a model of a few megabytes.",
         ),
     ):
         collect = option(collect)
