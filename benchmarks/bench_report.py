@@ -51,10 +51,10 @@ def _ours() -> Iterator[str]:
     if not rows:
         return
     yield (
-        f"`paliedge bench` on {_machine(next(_records('bench_*.json')))}, medians (and p90) in milliseconds. The shapes model: "
-        "`paliedge bench --batch 1,2,4,8 --duration 8 -o benchmarks/results/bench_shapes.json`; PaliGemma-3B's size in int8: "
-        '`paliedge bench runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 --scenario single-stream '
-        "--runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`:"
+        f"`paliedge bench` on {_machine(next(_records('bench_*.json')))}, medians (and p90) in milliseconds. "
+        "The shapes model: `paliedge bench --batch 1,2,4,8 --duration 8 -o benchmarks/results/bench_shapes.json`; "
+        'PaliGemma-3B\'s size in int8: `paliedge bench runtime/paliedge/scenes --prompt "caption en" '
+        "--max-new-tokens 10 --scenario single-stream --runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`:"
     )
     head = ("bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU of a token", "peak RSS, GB")
     yield _table((*head, "load, s", "answers as exported"), rows)
