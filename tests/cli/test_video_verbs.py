@@ -143,15 +143,15 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("camera")
 def test_ctrl_c_ends_a_live_source_with_a_playable_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask, calls = PaliGemma.detect, []
+    encode, calls = PaliGemma.encode, []
 
     def interrupt_at_the_fourth(*arguments: Any, **options: Any) -> object:
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return ask(*arguments, **options)
+        return encode(*arguments, **options)
 
-    monkeypatch.setattr(PaliGemma, "detect", interrupt_at_the_fourth)
+    monkeypatch.setattr(PaliGemma, "encode", interrupt_at_the_fourth)
     result = run("detect", "rtsp://me:secret@cam/door", LABELS, "--format", "json", "--save", tmp_path)
     assert result.exit_code == 130
     assert [row["source"].split("#")[0] for row in json.loads(result.stdout)] == ["cam/door"] * 3
