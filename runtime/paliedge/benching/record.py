@@ -166,9 +166,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_record(record: Record, path: Path) -> None:
-    """As indented JSON."""
+    """As JSON in one line: thousands of samples, a line each, are for nobody to read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+    path.write_bytes(msgspec.json.encode(record) + b"\n")
 
 
 def read_record(path: Path) -> Record:
