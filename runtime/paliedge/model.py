@@ -22,7 +22,6 @@ from paliedge.manifest import Vocabulary
 from paliedge.prefetch import read_ahead
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import (
-    BoxRequest,
     CaptionStyle,
     Prompt,
     PromptTokenizer,
@@ -30,6 +29,7 @@ from paliedge.prompt import (
     box_prompt,
     caption_prompt,
     find_box_request,
+    free_prompt,
     ocr_prompt,
     question_prompt,
 )
@@ -47,19 +47,11 @@ _LOG = logging.getLogger(__name__)
 class _Asked:
     """A prompt and how it is to be answered, see `PaliGemma.generate`."""
 
-    prompt: str | Prompt
+    prompt: Prompt
     max_new_tokens: int | None
     location_tokens: bool
     free: bool
     only_asked: bool
-
-    @property
-    def text(self) -> str:
-        return self.prompt.text if isinstance(self.prompt, Prompt) else self.prompt
-
-    @property
-    def boxes(self) -> BoxRequest | None:
-        return self.prompt.boxes if isinstance(self.prompt, Prompt) else find_box_request(self.prompt)
 
 
 class PaliGemma:
@@ -177,7 +169,7 @@ class PaliGemma:
             UsageError: the prompt or `max_new_tokens` is over the bundle's limit, or the bundle's reduced
                 head cannot answer the prompt.
         """
-        asked = _Asked(prompt, max_new_tokens, location_tokens, free, only_asked)
+        asked = _Asked(_as_prompt(prompt), max_new_tokens, location_tokens, free, only_asked)
         (answer,) = self._answerer.answer([self._prepare(_as_list(image), asked, bgr)])
         assert isinstance(answer, Generation)
         return answer
@@ -219,7 +211,9 @@ class PaliGemma:
             free=free,
             only_asked=only_asked,
         )
-        prepared = (self._try_to_prepare(_as_list(images), asked(prompt), bgr) for images, prompt in requests)
+        prepared = (
+            self._try_to_prepare(_as_list(images), asked(_as_prompt(prompt)), bgr) for images, prompt in requests
+        )
         for found in self._answerer.answer(read_ahead(prepared) if overlap else prepared, batch_size):
             if isinstance(found, Generation):
                 yield found
@@ -244,7 +238,7 @@ class PaliGemma:
         The pieces' texts joined are its text, but for bytes that make no character; their detections
         together are its detections.
         """
-        asked = _Asked(prompt, max_new_tokens, location_tokens, free, only_asked)
+        asked = _Asked(_as_prompt(prompt), max_new_tokens, location_tokens, free, only_asked)
         return self._answerer.stream(self._prepare(_as_list(image), asked, bgr))
 
     def detect(
@@ -334,7 +328,7 @@ class PaliGemma:
         return self.generate(image, ocr_prompt(self.manifest.prompts), max_new_tokens=max_new_tokens, bgr=bgr)
 
     def _rule(self, asked: _Asked) -> Rule:
-        tokens, boxes = self.manifest.tokens, asked.boxes
+        tokens, boxes = self.manifest.tokens, asked.prompt.boxes
         if asked.only_asked and (asked.free or not boxes):
             raise UsageError(
                 expected="a `detect` or `segment` prompt, not free, to restrict the labels of",
@@ -360,9 +354,9 @@ class PaliGemma:
             )
         rule = self._rule(asked)
         if self.manifest.vocabulary:
-            self._check_task(asked.text, self.manifest.vocabulary)
+            self._check_task(asked.prompt.text, self.manifest.vocabulary)
         started = time.perf_counter()
-        prefix = self._tokenizer.encode_prefix(asked.text, location_tokens=asked.location_tokens)
+        prefix = self._tokenizer.encode_prefix(asked.prompt.text, location_tokens=asked.location_tokens)
         tokenize_ms = (time.perf_counter() - started) * 1000
         room = limits.prefix - len(sources) * self.manifest.model.vision.num_image_tokens
         if not sources or room < 1:
@@ -412,6 +406,10 @@ class PaliGemma:
                 found=f"'{unknown[0]}'",
                 action="Ask for one of them (`paliedge info` lists all), or export without --head-vocab.",
             )
+
+
+def _as_prompt(prompt: str | Prompt) -> Prompt:
+    return prompt if isinstance(prompt, Prompt) else free_prompt(prompt)
 
 
 def _as_list(images: Images) -> list[ImageSource | EncodedImage]:

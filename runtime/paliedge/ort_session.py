@@ -228,7 +228,7 @@ def load_graph(
     options = ort.SessionOptions()
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")  # from 1.24 on; others pass over it
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")  # older ones pass over it
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -104,6 +104,14 @@ def test_other_answers_than_the_exporters_are_told_and_nothing_is_lost(monkeypat
     assert "not the exporting machine's" in result.stderr
 
 
+def test_a_cold_start_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paliedge.benching.cold_start.sys.executable", "/bin/false")
+    result = run("--runs", 3, "--scenario", "single-stream", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["runs"][0]["num_answers"] == 3
+    assert "no cold start" in result.stderr
+
+
 @pytest.mark.parametrize(("token", "exit_code"), [(5.0, 0), (5.9, 1), (4.0, 0)])
 def test_compare_ends_with_one_where_the_second_is_slower(tmp_path: Path, token: float, exit_code: int) -> None:
     first, second = tmp_path / "first.json", tmp_path / "second.json"

@@ -20,7 +20,7 @@ from paliedge.benching.record import Accuracy, Memory, Record, Roofs, Run, Subje
 from paliedge.benching.scenarios import Limits, Plan, Query, Trace, run
 from paliedge.benching.shares import add_shares
 from paliedge.bundle import Bundle
-from paliedge.errors import UsageError
+from paliedge.errors import DeviceError, UsageError
 from paliedge.golden import load_golden, verify_golden
 from paliedge.images import ImageSource
 from paliedge.manifest import Manifest, Target
@@ -87,7 +87,12 @@ def bench(
     del model
     gc.collect()  # a 3B model must not lie in memory twice
     prompt = queries[0].prompt
-    cold = None if interrupted or not settings.cold_start else measure_cold_start(folder, options, prompt)
+    cold = None
+    if settings.cold_start and not interrupted:
+        try:
+            cold = measure_cold_start(folder, options, prompt)
+        except DeviceError as error:  # no reason to lose what was measured
+            doubts.append(f"no cold start: {error.found}")
     target_name = _target_of(bundle.manifest, said[-1])
     target = bundle.manifest.targets[target_name]
     tokenizer = PromptTokenizer(bundle.path(bundle.manifest.tokenizer), bundle.manifest.tokens)
