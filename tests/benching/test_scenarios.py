@@ -163,3 +163,10 @@ def test_nothing_is_measured_before_the_model_is_warm(clock: Clock) -> None:
     slow = ScriptedModel(clock, 6.0)
     assert measure(slow, Plan("single-stream"), Limits(max_queries=1)).num_answers == 1
     assert slow.count <= 1 + len(QUERIES)
+
+
+def test_a_run_keeps_no_pictures(clock: Clock) -> None:
+    kept: list[Trace] = []
+    measure(ScriptedModel(clock, 0.1), Plan("offline", 4), Limits(max_queries=8), progress=kept.append)
+    assert len(kept[-1].answers) == 8
+    assert not any(isinstance(part, Generation) for answer in kept[-1].answers for part in answer)

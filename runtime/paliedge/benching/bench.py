@@ -122,7 +122,7 @@ def make_queries(bundle: Bundle, settings: Settings) -> list[Query]:
     golden = load_golden(bundle)
     if settings.images:
         prompts = settings.prompts or (_NO_PROMPT,)
-        return [Query(image, prompt, False, limit) for image in settings.images for prompt in prompts]
+        return [Query(image, prompt, limit) for image in settings.images for prompt in prompts]
     if golden is None:
         raise UsageError(
             expected="a SOURCE of pictures, or a bundle with stored answers",
@@ -130,7 +130,7 @@ def make_queries(bundle: Bundle, settings: Settings) -> list[Query]:
             action="Name a picture or a folder of pictures.",
         )
     prompts = settings.prompts or tuple(golden.prompts)
-    return [Query(image, prompt, False, limit) for image in golden.images for prompt in prompts]
+    return [Query(image, prompt, limit) for image in golden.images for prompt in prompts]
 
 
 def _run_all(

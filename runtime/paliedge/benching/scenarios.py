@@ -16,7 +16,7 @@ from paliedge.benching.record import STAGES, Energy, Run, Scenario, Stage
 from paliedge.benching.statistics import summarise
 from paliedge.images import ImageSource
 from paliedge.model import PaliGemma
-from paliedge.results import Generation
+from paliedge.results import Generation, Timings
 
 _WARM_UP_S = 1.0
 """At least so long: clocks rise and pools fill."""
@@ -24,11 +24,10 @@ _IDLE_S = 1.0
 
 
 class Query(NamedTuple):
-    """A picture and a prompt; `free` and the limit as `PaliGemma.generate` takes them."""
+    """A picture and a prompt; the limit as `PaliGemma.generate` takes it."""
 
     image: ImageSource
     prompt: str
-    free: bool = False
     max_new_tokens: int | None = None
 
 
@@ -45,15 +44,26 @@ class Limits(NamedTuple):
         return seconds >= self.seconds and count >= self.min_queries
 
 
+class Answer(NamedTuple):
+    """What is kept of one: its picture, which a large run would fill the memory with, is not."""
+
+    place: int
+    token_ids: tuple[int, ...]
+    timings: Timings
+
+
 @dataclass
 class Trace:
     """What a run leaves while it goes on."""
 
     latencies_ms: list[float] = field(default_factory=list)
-    answers: list[tuple[int, Generation]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     walls_ms: list[float] = field(default_factory=list)
     num_dropped: int = 0
     num_late: int = 0
+
+    def add(self, place: int, answer: Generation) -> None:
+        self.answers.append(Answer(place, answer.token_ids, answer.timings))
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def warm_up(model: PaliGemma, queries: Sequence[Query]) -> None:
 
 
 def _ask(model: PaliGemma, query: Query) -> Generation:
-    return model.generate(query.image, query.prompt, free=query.free, max_new_tokens=query.max_new_tokens)
+    return model.generate(query.image, query.prompt, max_new_tokens=query.max_new_tokens)
 
 
 def _single_stream(
@@ -114,7 +124,7 @@ def _single_stream(
         started = time.perf_counter()
         answer = _ask(model, queries[place])
         wall_ms = (time.perf_counter() - started) * 1000
-        trace.answers.append((place, answer))
+        trace.add(place, answer)
         trace.walls_ms.append(wall_ms)
         trace.latencies_ms.append(wall_ms)
         yield
@@ -129,7 +139,8 @@ def _multi_stream(
         started = time.perf_counter()
         answers = list(_ask_together(model, [queries[place] for place in places], plan.batch))
         trace.latencies_ms.append((time.perf_counter() - started) * 1000)
-        trace.answers += zip(places, answers, strict=True)
+        for place, answer in zip(places, answers, strict=True):
+            trace.add(place, answer)
         yield
 
 
@@ -143,7 +154,7 @@ def _offline(model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Lim
 
     last = begin
     for number, answer in enumerate(_ask_together(model, pour(), plan.batch), 1):
-        trace.answers.append((places[number - 1], answer))
+        trace.add(places[number - 1], answer)
         if number % plan.batch == 0:
             now = time.perf_counter()
             trace.latencies_ms.append((now - last) * 1000 / plan.batch)
@@ -167,7 +178,7 @@ def _camera(model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Limi
         now = time.perf_counter()
         age = now - (begin + number * period)
         trace.num_late += age > period
-        trace.answers.append((place, answer))
+        trace.add(place, answer)
         trace.walls_ms.append((now - started) * 1000)
         trace.latencies_ms.append(age * 1000)
         yield
@@ -195,7 +206,7 @@ def _ask_together(model: PaliGemma, queries: Sequence[Query] | Iterator[Query], 
         for query in queries:
             yield query.image, query.prompt
 
-    return model.generate_batch(pairs(), batch_size=batch, free=first.free, max_new_tokens=first.max_new_tokens)
+    return model.generate_batch(pairs(), batch_size=batch, max_new_tokens=first.max_new_tokens)
 
 
 def _idle_watts(meter: Meter | None) -> float:
@@ -223,12 +234,12 @@ def _energy(meter: Meter, joules: float, idle_watts: float, seconds: float, trac
 
 def _num_tokens(trace: Trace) -> int:
     """Those that were decoded: the first one of an answer, and one a step."""
-    return sum(1 + len(answer.timings.decode_ms) for _, answer in trace.answers)
+    return sum(1 + len(answer.timings.decode_ms) for answer in trace.answers)
 
 
 def _summary(plan: Plan, trace: Trace, seconds: float, energy: Energy | None, *, interrupted: bool) -> Run:
     first: dict[int, tuple[int, ...]] = {}
-    changed = sum(first.setdefault(place, answer.token_ids) != answer.token_ids for place, answer in trace.answers)
+    changed = sum(first.setdefault(one.place, one.token_ids) != one.token_ids for one in trace.answers)
     num_tokens = _num_tokens(trace)
     return Run(
         scenario=plan.scenario,
@@ -241,7 +252,7 @@ def _summary(plan: Plan, trace: Trace, seconds: float, energy: Energy | None, *,
         tokens_per_s=num_tokens / seconds,
         latency=summarise(trace.latencies_ms),
         latency_samples_ms=trace.latencies_ms,
-        stages=_stages([answer for _, answer in trace.answers], trace.walls_ms),
+        stages=_stages([answer.timings for answer in trace.answers], trace.walls_ms),
         num_dropped=trace.num_dropped,
         num_late=trace.num_late,
         num_changed=changed,
@@ -250,9 +261,8 @@ def _summary(plan: Plan, trace: Trace, seconds: float, energy: Energy | None, *,
     )
 
 
-def _stages(answers: Sequence[Generation], walls_ms: list[float]) -> dict[str, Stage]:
+def _stages(times: Sequence[Timings], walls_ms: list[float]) -> dict[str, Stage]:
     """By name, in the order of `STAGES`; those that no answer had are left out."""
-    times = [answer.timings for answer in answers]
     wall = {
         "preprocess": [one.preprocess_ms for one in times],
         "tokenize": [one.tokenize_ms for one in times],
