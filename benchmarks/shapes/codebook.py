@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -109,6 +109,15 @@ class Codebook(nn.Module):
         self.embedding[dead], self.sums[dead], self.counts[dead] = fresh, fresh, 1.0
 
 
+def overlap_loss(maps: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy and soft IoU of `maps`, positive inside, with `masks` in -1..1; both [M, 1, 64, 64]."""
+    inside, logits = (masks + 1) / 2, 2 * maps
+    probs = logits.sigmoid()
+    both = (probs * inside).sum((1, 2, 3))
+    either = (probs + inside).sum((1, 2, 3)) - both
+    return functional.binary_cross_entropy_with_logits(logits, inside) + 1 - ((both + 1) / (either + 1)).mean()
+
+
 def load_masks(pool: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Packed masks [M, 512] of all objects, and where they belong [M, 2]: scene and place."""
     packed, classes = (np.load(pool / f"{name}.npy", mmap_mode="r") for name in ("masks", "classes"))
@@ -177,7 +186,17 @@ def write_codes(model: Codebook, packed: np.ndarray[Any, Any], places: np.ndarra
 def save_decoder(model: Codebook, path: Path) -> None:
     """Decoder and codebook under their published names."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith("decoder.")}
-    save_file(tensors | {"_vq_vae._embedding": model.embedding.contiguous()}, path)
+    save_file(tensors | {"_vq_vae._embedding": model.embedding.detach().contiguous()}, path)
+
+
+def load_decoder(path: Path) -> Codebook:
+    """What `save_decoder` wrote; the encoder is a fresh one."""
+    tensors = load_file(path)
+    model = Codebook()
+    tensors["embedding"] = tensors.pop("_vq_vae._embedding")
+    model.load_state_dict(tensors, strict=False)
+    model.eval()
+    return model
 
 
 def main() -> None:

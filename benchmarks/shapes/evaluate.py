@@ -3,9 +3,10 @@
     python -m benchmarks.shapes.evaluate BUNDLE --scenes 500
 
 Every class of a scene is asked for alone, and one class that is not there; then up to three of its
-classes together in one prompt. AP50 is pycocotools', once with each box ranked by its confidence, once with
-all boxes equal. Masks are compared with what can be seen of each object: IoU with the best answer of its
-label, 0 where there is none. Text is scored by jiwer's character error rate.
+classes together in one prompt. Masks are asked for twice: with any labels, and with `only_asked`. AP50 is
+pycocotools', once with each box ranked by its confidence, once with all boxes equal. Masks are compared with what
+can be seen of each object: IoU with the best answer of its label, 0 where there is none. Text is scored by
+jiwer's character error rate.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Tally:
     together: Boxes = field(default_factory=Boxes)
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     texts: list[tuple[str, str]] = field(default_factory=list)
-    mask_overlaps: list[float] = field(default_factory=list)
+    mask_overlaps: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     timings: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def time(self, answer: Generation) -> Generation:
@@ -110,7 +111,7 @@ def evaluate(model: PaliGemma, num_scenes: int) -> dict[str, Any]:
         "detect_ap50": round(ap50(tally.alone, scored=True, num_scenes=num_scenes), 4),
         "detect_ap50_unscored": round(ap50(tally.alone, scored=False, num_scenes=num_scenes), 4),
         "detect_ap50_several_labels": round(ap50(tally.together, scored=True, num_scenes=num_scenes), 4),
-        "segment_mean_iou": round(statistics.fmean(tally.mask_overlaps), 4),
+        **{name: round(statistics.fmean(overlaps), 4) for name, overlaps in tally.mask_overlaps.items()},
         **shares,
         "counting_and_colour": round(float(np.mean(tally.right["counting"] + tally.right["colour"])), 4),
         "ocr_character_error_rate": round(float(jiwer.cer(list(expected), list(found))), 4),
@@ -141,14 +142,22 @@ def _detect(
 
 def _segment(model: PaliGemma, encoded: EncodedImage, scene: Scene, tally: Tally) -> None:
     for label in sorted({item.label for item in scene.objects}):
-        answer = tally.time(model.segment(encoded, [label]))
-        found = [item.mask.to_array() for item in answer.detections if item.mask and item.label == label]
-        for item in scene.objects:
-            if item.label == label:
-                overlaps = [float((mask & item.mask).sum() / (mask | item.mask).sum()) for mask in found]
-                tally.mask_overlaps.append(max(overlaps, default=0.0))
-                if found:  # an answer stands for one object
-                    found.pop(overlaps.index(tally.mask_overlaps[-1]))
+        masks = [item.mask for item in scene.objects if item.label == label]
+        for name, only_asked in (("segment_mean_iou", False), ("segment_mean_iou_only_asked", True)):
+            answer = tally.time(model.segment(encoded, [label], only_asked=only_asked))
+            found = [item.mask.to_array() for item in answer.detections if item.mask and item.label == label]
+            tally.mask_overlaps[name] += _overlaps(masks, found)
+
+
+def _overlaps(masks: list[Any], found: list[Any]) -> list[float]:
+    """IoU of each mask with its best answer, which then stands for no other."""
+    best = []
+    for mask in masks:
+        overlaps = [float((one & mask).sum() / (one | mask).sum()) for one in found]
+        best.append(max(overlaps, default=0.0))
+        if found:
+            found.pop(overlaps.index(best[-1]))
+    return best
 
 
 def _ask(model: PaliGemma, encoded: EncodedImage, scene: Scene, rng: np.random.Generator, tally: Tally) -> None:

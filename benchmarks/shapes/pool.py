@@ -46,7 +46,8 @@ class Pool:
     images [N, 112, 112, 3] uint8, boxes [N, 6, 4] (x1 y1 x2 y2), classes [N, 6],
     text [N] bytes, patch_object [N, 64] (the object that covers most of the patch),
     patch_chars [N, 64, 2] (characters centred in the patch), patch_order [N, 64] (place of the first of them),
-    codes [N, 6, 16] (each mask's segmentation codes, which benchmarks.shapes.codebook adds).
+    codes [N, 6, 16] (each mask's segmentation codes, which benchmarks.shapes.codebook adds),
+    masks [N, 6, 512] (64 x 64 bits within the box).
     """
 
     images: npt.NDArray[np.uint8]
@@ -57,6 +58,7 @@ class Pool:
     patch_chars: npt.NDArray[np.int8]
     patch_order: npt.NDArray[np.int8]
     codes: npt.NDArray[np.uint8]
+    masks: npt.NDArray[np.uint8]
 
     @classmethod
     def load(cls, folder: Path) -> Pool:
@@ -77,7 +79,7 @@ class Pool:
         return Scene(self.images[index], tuple(objects), SceneText(text, ()) if text else None)
 
 
-def crop_mask(mask: npt.NDArray[np.bool_], box: Box) -> npt.NDArray[np.bool_]:
+def crop_mask(mask: npt.NDArray[np.bool_], box: tuple[float, float, float, float]) -> npt.NDArray[np.bool_]:
     """What of `mask` [H, W] lies in `box`, at the mask codebook's size [64, 64]."""
     crop = Image.fromarray(mask.astype(np.uint8) * 255).resize((MASK_SIZE,) * 2, Image.Resampling.BILINEAR, box)
     return np.asarray(crop) > 127

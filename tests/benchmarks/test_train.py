@@ -6,24 +6,49 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import PaliGemmaForConditionalGeneration
 
-from benchmarks.shapes.codebook import Codebook, load_masks, round_trip, unpack, write_codes
+from benchmarks.shapes.batches import Encoder, make_batch
+from benchmarks.shapes.codebook import (
+    CODES,
+    NUM_CODES,
+    Codebook,
+    load_decoder,
+    load_masks,
+    round_trip,
+    unpack,
+    write_codes,
+)
 from benchmarks.shapes.codebook import train as train_codebook
+from benchmarks.shapes.network import make_model
 from benchmarks.shapes.pool import Pool, crop_mask, draw_pool
+from benchmarks.shapes.refine_masks import collect_answers, mean_iou, refine
 from benchmarks.shapes.scenes import CLASSES, make_scene
-from benchmarks.shapes.train import prefix_lm_mask, train
-from benchmarks.shapes.vocabulary import build_tokenizer
+from benchmarks.shapes.train import train
+from benchmarks.shapes.trainee import Trainee, prefix_lm_mask
+from benchmarks.shapes.vocabulary import SEGMENTATIONS, build_tokenizer
+from paliedge import PaliGemma
+
+MASK_DECODER = Path("benchmarks/shapes/checkpoint/mask_decoder.safetensors")
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def codebook() -> Codebook:
+    torch.manual_seed(0)
+    model = Codebook()
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, codebook: Codebook) -> Path:
     folder = tmp_path_factory.mktemp("pool")
     draw_pool(folder, 40, workers=1)
     packed, places = load_masks(folder)
-    write_codes(Codebook(), packed, places, folder)
+    write_codes(codebook, packed, places, folder)
     return folder
 
 
@@ -58,6 +83,7 @@ def test_training_resumes_and_ends_with_a_checkpoint(
 ) -> None:
     monkeypatch.setattr("benchmarks.shapes.train.LOG_EVERY", 2)
     monkeypatch.setattr("benchmarks.shapes.train.VALIDATION_SCENES", 1)
+    monkeypatch.setattr("benchmarks.shapes.batches.VALIDATION_SCENES", 1)
     monkeypatch.setattr("benchmarks.shapes.train.build_tokenizer", lambda: build_tokenizer(50))
     arguments = argparse.Namespace(
         pool=pool,
@@ -71,6 +97,8 @@ def test_training_resumes_and_ends_with_a_checkpoint(
         bf16=False,
         every=2,
         start=None,
+        mask_decoder=MASK_DECODER,
+        seed=1,
     )
     train(arguments)
     first = (tmp_path / "state.pt").stat().st_mtime_ns
@@ -94,6 +122,48 @@ def test_a_codebook_learns_to_bring_masks_back(pool: Path, tmp_path: Path, monke
     assert rows[-1]["loss"] < 0.5  # an untrained one is at 1
     assert round_trip(model, packed[:24]) > 0.72  # the whole box would be 0.66
     assert len(set(model.encode(unpack(packed[:24])).flatten().tolist())) > 1
+
+
+def test_masks_stand_where_their_codes_are_said(
+    pool: Path, codebook: Codebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.shapes.batches.VALIDATION_SCENES", 1)
+    tokenizer = build_tokenizer(50)
+    batch = make_batch(Pool.load(pool), Encoder(tokenizer), np.random.default_rng(0), 8, 4, "cpu")
+    order = batch.length.argsort()
+    assert not order.equal(torch.arange(len(order)))
+    codes = batch.labels[order] - tokenizer.token_to_id(SEGMENTATIONS[0])
+    codes = codes[(codes >= 0) & (codes < NUM_CODES)].view(-1, CODES)
+    with torch.no_grad():
+        assert codebook.encode(batch.masks_of(order)).equal(codes)
+    assert len(codes) > 3
+
+
+def test_the_mask_loss_asks_for_codes_that_show_the_mask(codebook: Codebook) -> None:
+    decoder = load_decoder(MASK_DECODER)
+    tokenizer = build_tokenizer(50)
+    trainee = Trainee(make_model(tokenizer), tokenizer, decoder)
+    said, other = torch.randint(NUM_CODES, (2, 5, CODES), generator=torch.Generator().manual_seed(0))
+    masks = (decoder.decode(said) > 0).float() * 2 - 1
+    log_probs = torch.nn.functional.one_hot(other.flatten(), NUM_CODES).float().mul(5).log_softmax(-1).requires_grad_()
+    wrong = trainee.mask_loss(log_probs, masks)
+    wrong.backward()
+    right = trainee.mask_loss(torch.nn.functional.one_hot(said.flatten(), NUM_CODES).float().log_softmax(-1), masks)
+    assert float(right) < 0.5 * float(wrong.detach())
+    assert log_probs.grad is not None
+    assert bool(log_probs.grad.any())
+    assert float(trainee.mask_loss(log_probs[:0].detach(), masks[:0])) == 0
+
+
+def test_a_refined_decoder_shows_what_the_model_meant() -> None:
+    codes, masks = collect_answers(PaliGemma.load(), 30)
+    assert codes.shape == (len(masks), CODES)
+    decoder = load_decoder(MASK_DECODER)
+    for parameter in decoder.decoder[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    assert mean_iou(decoder, codes, masks) == 0
+    found = refine(decoder, codes, masks, 60)
+    assert found["iou_after"] > 0.6 > found["iou_before"]
 
 
 def test_masks_are_cropped_to_their_boxes() -> None:
