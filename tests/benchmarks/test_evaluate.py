@@ -60,7 +60,7 @@ class Oracle:
         self._scene = next(scene for scene in self._scenes if np.array_equal(scene.image, cast(Any, image)))
         return EncodedImage(np.zeros((1, 1), np.float32), (112, 112), 1.0, 1.0)
 
-    def detect(self, image: EncodedImage, labels: list[str]) -> Generation:
+    def detect(self, image: EncodedImage, labels: list[str], *, only_asked: bool = False) -> Generation:
         found = []
         for item in box_example(self._scene, labels).targets:
             x1, y1, x2, y2 = item.box
@@ -101,6 +101,7 @@ def test_an_oracle_gets_full_marks() -> None:
         "detect_ap50_several_labels",
         "caption_exact_match",
         "segment_mean_iou",
+        "segment_mean_iou_only_asked",
     ):
         assert scores[name] == pytest.approx(1), name
     for name in ("counting", "colour", "absent_class_gives_nothing", "no_text_read_where_there_is_none"):
@@ -115,13 +116,14 @@ def test_an_oracle_gets_full_marks() -> None:
         ("ocr", "#", "ocr_exact_match"),
         ("detect", "", "detect_ap50"),
         ("segment", "", "segment_mean_iou"),
+        ("segment", "", "segment_mean_iou_only_asked"),
     ],
 )
 def test_wrong_answers_score_nothing(task: str, wrong: str, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = Oracle()
     right = oracle.detect
 
-    def answer(image: EncodedImage, labels: object = None) -> Generation:
+    def answer(image: EncodedImage, labels: object = None, *, only_asked: bool = False) -> Generation:
         if task not in ("detect", "segment"):
             return say(wrong)
         found = right(image, cast(Any, labels))
