@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
+from benchmarks.shapes.average_weights import average
 from benchmarks.shapes.batches import Encoder, make_batch
 from benchmarks.shapes.codebook import (
     CODES,
@@ -174,3 +176,17 @@ def test_masks_are_cropped_to_their_boxes() -> None:
         assert crop.any(axis=1).all()
         x1, y1, x2, y2 = item.box
         assert crop.mean() == pytest.approx(item.mask[y1:y2, x1:x2].mean(), abs=0.03)
+
+
+def test_an_average_lies_between_its_checkpoints(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "mean")]
+    for folder, value in zip(folders, (1.0, 2.0, 0.0), strict=True):
+        folder.mkdir()
+        save_file({"weight": torch.full((2,), value).half()}, folder / "model.safetensors")
+    average(folders[:2], folders[2])
+    found = load_file(folders[2] / "model.safetensors")["weight"]
+    assert found.dtype == torch.float16
+    assert found.tolist() == [1.5, 1.5]
+    save_file({"weight": torch.zeros(3)}, folders[1] / "model.safetensors")
+    with pytest.raises(ValueError, match="second has other tensors than"):
+        average(folders[:2], folders[2])
