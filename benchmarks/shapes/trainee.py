@@ -1,9 +1,10 @@
 """What is trained: the model with its helping heads, and the losses.
 
 Four helps that training has and the model does not keep: location targets are spread over the neighbouring bins; the
-codes that the model sees of its own answer are drawn from similar ones; a dense head on the vision encoder's output
-names each patch's object, its box, the codes of its mask and its characters; a head in the middle of the decoder
-marks the patches that answer the prompt, by rank. Masks are compared as masks: many codes say nearly the same.
+codes that the model sees of its own answer are random, so that it looks at the picture and not at them; a dense
+head on the vision encoder's output names each patch's object, its box, the codes of its mask and its characters; a
+head in the middle of the decoder marks the patches that answer the prompt, by rank. Masks are compared as masks:
+many codes say nearly the same.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ _MARK_LAYER = 3
 _LENGTH_GROUPS = 3
 _LABEL_WEIGHT = 4
 """Of the token behind a mask: one label to sixteen codes."""
-_NOISY_CODES = 2.0
-"""Standard deviation of the codes that training shows as the answer so far, in distances of neighbouring codewords."""
 _SOFT_BINS = 512 / IMAGE_SIZE
 """Standard deviation of a location target, in bins: half a pixel."""
 
@@ -85,10 +84,6 @@ class Trainee(nn.Module):
         self.heads = DenseHeads(model.config.text_config.hidden_size)
         vocabulary = tokenizer.get_vocab()
         self.first_location, self.first_code = vocabulary[LOCATIONS[0]], vocabulary[SEGMENTATIONS[0]]
-        distances = torch.cdist(mask_decoder.embedding, mask_decoder.embedding)
-        nearest = distances.topk(2, largest=False).values[:, 1].median()
-        noise = torch.softmax(-((distances / (_NOISY_CODES * nearest)) ** 2) / 2, 1)
-        self.register_buffer("code_noise", noise, persistent=False)
         bins = torch.arange(len(LOCATIONS))
         spread = torch.exp(-((bins[:, None] - bins[None, :]) ** 2) / (2 * _SOFT_BINS**2))
         self.register_buffer("spread", spread / spread.sum(1, keepdim=True), persistent=False)
@@ -117,13 +112,16 @@ class Trainee(nn.Module):
         features, _ = self.encode_images(batch.pixel_values)
         return self.heads.patch_losses(features.float(), batch.dense)
 
-    def _noisy(self, input_ids: Tensor) -> Tensor:
-        """`input_ids` with every code drawn from its neighbours: the model is to look at the picture."""
+    def _hide_codes(self, input_ids: Tensor) -> Tensor:
+        """`input_ids` with a random code in place of each.
+
+        Codes said so far are never those of the true answer; a model that trusts them goes wrong with its own.
+        """
         codes = input_ids - self.first_code
         is_code = (codes >= 0) & (codes < NUM_CODES)
-        noisy = input_ids.clone()
-        noisy[is_code] = torch.multinomial(self.code_noise[codes[is_code]], 1)[:, 0] + self.first_code
-        return noisy
+        hidden = input_ids.clone()
+        hidden[is_code] = torch.randint(NUM_CODES, (int(is_code.sum()),), device=codes.device) + self.first_code
+        return hidden
 
     def mask_loss(self, log_probs: Tensor, masks: Tensor) -> Tensor:
         """How far the masks that the likeliest codes say, [16 M, 128], are from `masks` [M, 1, 64, 64].
@@ -139,7 +137,7 @@ class Trainee(nn.Module):
         return overlap_loss(self.mask_decoder.decoder(words), masks)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        input_ids = self._noisy(batch.input_ids)
+        input_ids = self._hide_codes(batch.input_ids)
         features, images = self.encode_images(batch.pixel_values)
         chosen, marks = [], []
         order = batch.length.argsort()
@@ -165,7 +163,7 @@ class Trainee(nn.Module):
         text = (weights * functional.nll_loss(log_probs, labels, reduction="none"))[is_text].sum()
         return {
             "location": location / (is_location.sum() + 1),
-            "code": 0.3 * code / (is_code.sum() + 1),
+            "code": 0.1 * code / (is_code.sum() + 1),
             "mask": 3 * self.mask_loss(among_codes, batch.masks_of(order)),
             "text": text / (weights[is_text].sum() + 1),
             **self.heads.patch_losses(features.float(), batch.dense),
