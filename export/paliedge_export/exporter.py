@@ -234,7 +234,7 @@ class _Job:
         encoding, report = Encoding(self.precision, kept_tokens=self.source.kept_tokens), PrecisionReport({})
         tensors: Tensors = self.checkpoint
         if quantized:
-            encoding, tensors = self._quantize(statistics, encoding, judged[:NUM_SAMPLES], report)
+            encoding, tensors = self._quantize(statistics, encoding, calibrating[:NUM_SAMPLES], report)
             statistics.save(self.staging / STATISTICS)
         self.report(f"writing {self.precision} graphs for {', '.join(self.targets)}")
         stored = write_all_weights(self.staging, self.source, tensors, self.targets, encoding)

@@ -23,16 +23,12 @@ class Linear(NamedTuple):
         producers: the checkpoint's tensors whose first axis makes its input; empty if none can be scaled.
         shares: each producing channel feeds so many channels of the input (grouped-query attention).
         groups: key-value heads, where `shares` is more than one.
-        part: the graph that it is in.
-        per_token: its input is not normalised, so that tokens differ in size.
     """
 
     name: str
     weights: tuple[str, ...]
     width: int
     producers: tuple[str, ...]
-    part: str
-    per_token: bool
     shares: int = 1
     groups: int = 1
 
@@ -60,8 +56,7 @@ def _vision_linears(config: ModelConfig) -> Iterator[Linear]:
             ("mlp.fc1", (f"{layer}.mlp.fc1.weight",), width, _norm(f"{layer}.layer_norm2")),
             ("mlp.fc2", (f"{layer}.mlp.fc2.weight",), inner, ()),
         ):
-            per_token = name in ("self_attn.out_proj", "mlp.fc2")
-            yield Linear(f"{layer}.{name}", weights, size, producers, "vision_encoder", per_token)
+            yield Linear(f"{layer}.{name}", weights, size, producers)
 
 
 def _norm(name: str) -> tuple[str, str]:
@@ -78,26 +73,19 @@ def _text_linears(config: ModelConfig) -> Iterator[Linear]:
         qkv = tuple(f"{attention}.{part}_proj.weight" for part in "qkv")
         gate_up = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
         attended = text.num_heads * text.head_dim
-        decoder = "decoder"
-        yield Linear(
-            f"{attention}.qkv_proj", qkv, text.hidden_size, (f"{layer}.input_layernorm.weight",), decoder, False
-        )
+        yield Linear(f"{attention}.qkv_proj", qkv, text.hidden_size, (f"{layer}.input_layernorm.weight",))
         yield Linear(
             f"{attention}.o_proj",
             (f"{attention}.o_proj.weight",),
             attended,
             (f"{attention}.v_proj.weight",),
-            decoder,
-            True,
             shares,
             text.num_kv_heads,
         )
-        yield Linear(f"{mlp}.gate_up_proj", gate_up, text.hidden_size, (f"{layer}.{before}.weight",), decoder, False)
+        yield Linear(f"{mlp}.gate_up_proj", gate_up, text.hidden_size, (f"{layer}.{before}.weight",))
         yield Linear(
             f"{mlp}.down_proj",
             (f"{mlp}.down_proj.weight",),
             text.intermediate_size,
             (f"{mlp}.up_proj.weight",),
-            decoder,
-            True,
         )

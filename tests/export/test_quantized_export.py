@@ -253,6 +253,19 @@ def test_a_broken_layer_is_named(mild: Path, tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_number_is_seen(mild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale of the int8 bundle is infinite."""
+    honest = weights.WeightFile.add
+
+    def spoil(self: weights.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
+        wrong = name == "language_model.layers.1.mlp.down_proj.weight_scale"
+        honest(self, name, array * np.inf if wrong else array, dtype)
+
+    monkeypatch.setattr(weights.WeightFile, "add", spoil)
+    with pytest.raises(PrecisionError, match=r"activations that are no finite number [1-9]\S*, over 0"):
+        export(mild, tmp_path / "b", "int8")
+
+
 def test_the_report_stays_in_the_bundle(mild: Path, tmp_path: Path) -> None:
     manifest = export(mild, tmp_path / "b", "int8")
     assert manifest.precision_report in Bundle(tmp_path / "b").manifest.files
@@ -272,21 +285,24 @@ def test_sixteen_bits_are_judged_on_the_samples_too(mild: Path, tmp_path: Path) 
     assert manifest.calibration is None
 
 
-def test_what_is_judged_has_no_part_in_the_statistics(tmp_path: Path) -> None:
-    """48 samples: the first 32 calibrate, the last 16 judge."""
+def test_what_is_judged_has_no_part_in_what_it_is_judged_by(tmp_path: Path) -> None:
+    """48 samples: the first 32 calibrate and say which layers suffer, the last 16 judge."""
     checkpoint = tmp_path / "checkpoint"
     make_tiny(checkpoint, "paligemma", **MILD)
     changed = Path(shutil.copytree(SAMPLES, tmp_path / "changed"))
     for index in range(32, 48):
         Image.new("RGB", (112, 112), "white").save(changed / f"{index}.png")
     names = {linear.name: linear.width for linear in linears(read_config(checkpoint))}
-    found = []
+    found, rankings = [], []
     for folder in (SAMPLES, changed):
-        export(checkpoint, tmp_path / f"{folder.name}-bundle", "int8", compare=False, calibrate=folder)
-        found.append(load_statistics(tmp_path / f"{folder.name}-bundle" / "calibration.safetensors", names))
+        bundle = tmp_path / f"{folder.name}-bundle"
+        manifest = export(checkpoint, bundle, "int8", compare=False, calibrate=folder, sensitivity=0.2)
+        found.append(load_statistics(bundle / "calibration.safetensors", names))
+        rankings.append(json.loads((bundle / str(manifest.precision_report)).read_text())["sensitivity"])
     assert [one.source for one in found] == ["32 images of calibration", "32 images of changed"]
     for name, one in found[0].inputs.items():
         np.testing.assert_array_equal(one.absmax, found[1].inputs[name].absmax)
+    assert rankings[0] == rankings[1]
 
 
 def test_where_there_are_few_every_image_calibrates(tmp_path: Path) -> None:

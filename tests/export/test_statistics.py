@@ -6,7 +6,7 @@ pixels and ids. And what was remembered survives its file, which is trusted in n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from paliedge.prompt import PromptTokenizer
 from paliedge_export import compare
 from paliedge_export.compare import Runner, collect_statistics
 from paliedge_export.config import read_config
-from paliedge_export.linears import Linear, linears
+from paliedge_export.linears import linears
 from paliedge_export.reference import reference_steps
 from paliedge_export.samples import Sample
 from paliedge_export.statistics import Statistics, load_statistics
@@ -44,11 +44,13 @@ def make_samples() -> list[Sample]:
 
 
 @contextmanager
-def hooked(tiny: Tiny, chosen: Iterable[Linear], seen: dict[str, list[Array]]) -> Iterator[None]:
-    """While it lasts, inputs [rows, K] of the linear layers `chosen` are added to `seen`."""
+def hooked(tiny: Tiny, part: str, seen: dict[str, list[Array]]) -> Iterator[None]:
+    """While it lasts, inputs [rows, K] of the linear layers whose names begin with `part` are added to `seen`."""
     modules = {name.removeprefix("model."): module for name, module in tiny.model.named_modules()}
     handles = []
-    for linear in chosen:
+    for linear in linears(read_config(tiny.checkpoint)):
+        if not linear.name.startswith(part):
+            continue
         rows = seen.setdefault(linear.name, [])
 
         def take(module: object, inputs: tuple[torch.Tensor], rows: list[Array] = rows) -> None:
@@ -68,15 +70,14 @@ def ask_transformers(tiny: Tiny, samples: list[Sample]) -> dict[str, Array]:
     tokens = bundle.manifest.tokens
     preprocess = Preprocessor(bundle.manifest.preprocess, bundle.manifest.model.vision.image_size)
     tokenizer = PromptTokenizer(bundle.path(bundle.manifest.tokenizer), tokens)
-    everything = list(linears(read_config(tiny.checkpoint)))
     seen: dict[str, list[Array]] = {}
     for sample in samples:
         pixels = torch.from_numpy(preprocess(sample.image))
-        with torch.no_grad(), hooked(tiny, (one for one in everything if one.part == "vision_encoder"), seen):
+        with torch.no_grad(), hooked(tiny, "vision_tower", seen):
             tiny.model.get_image_features(pixels)
         for prompt in sample.prompts:
             prefix, kept = tokenizer.encode_prefix(prompt), np.arange(tokens.vocab_size)
-            with hooked(tiny, (one for one in everything if one.part == "decoder"), seen):
+            with hooked(tiny, "language_model", seen):
                 steps = reference_steps(tiny.model, pixels, prefix, tokens.image, NUM_TOKENS, kept)
                 assert tokens.eos not in [token for token, _, _ in steps]
     return {name: np.concatenate(rows) for name, rows in seen.items()}
