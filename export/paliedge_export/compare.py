@@ -338,8 +338,9 @@ def find_obstacle(target: Target) -> str:
 def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:
     """Of each row's vectors; no number counts as none alike."""
     a, b = first.astype(np.float64), second.astype(np.float64)
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    cosines: FloatArray = np.nan_to_num((a * b).sum(-1) / np.maximum(norms, 1e-30)).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosines: FloatArray = np.nan_to_num((a * b).sum(-1) / np.maximum(norms, 1e-30)).astype(np.float32)
     return cosines
 
 
