@@ -52,7 +52,7 @@ def box_prompt(prompts: Prompts, task: BoxTask, labels: str | Sequence[str]) -> 
     """
     asked = split_labels(labels) if isinstance(labels, str) else list(labels)
     if not any(label.strip() for label in asked):
-        raise UsageError(expected="at least one label", found="none", action='Say what to find: ["cat"].')
+        raise UsageError(expected="at least one label", found="none", action='Say what to find, such as "cat ; dog".')
     text = labels if isinstance(labels, str) else " ; ".join(labels)
     template: str = getattr(prompts, task)
     return Prompt(fill(template, labels=text), BoxRequest(task, asked))
@@ -64,18 +64,33 @@ def caption_prompt(prompts: Prompts, lang: str = "en", style: CaptionStyle = "ca
 
 
 def answer_prompt(prompts: Prompts, question: str, lang: str = "en") -> Prompt:
-    """A question about the image."""
+    """A question about the image.
+
+    Raises:
+        UsageError: it is empty.
+    """
+    _check_text("a question", question)
     return Prompt(fill(prompts.answer, lang=lang, question=question))
 
 
 def question_prompt(prompts: Prompts, answer: str, lang: str = "en") -> Prompt:
-    """The question about the image that has this answer."""
+    """The question about the image that has this answer.
+
+    Raises:
+        UsageError: it is empty.
+    """
+    _check_text("an answer to ask for", answer)
     return Prompt(fill(prompts.question, lang=lang, answer=answer))
 
 
 def ocr_prompt(prompts: Prompts) -> Prompt:
     """The text in the image."""
     return Prompt(prompts.ocr)
+
+
+def _check_text(what: str, text: str) -> None:
+    if not text.strip():
+        raise UsageError(expected=what, found="no text", action="A prompt without any is `predict` with an empty one.")
 
 
 def find_box_request(prompt: str) -> BoxRequest | None:

@@ -10,9 +10,11 @@ import pytest
 from benchmarks.peers.harness import summarise
 from benchmarks.peers.whole_model import describe_bundle
 from benchmarks.shapes.evaluate import evaluate
-from benchmarks.shapes.precisions import find_losses, measure
+from benchmarks.shapes.precisions import CHECKPOINT, find_losses, measure
 from paliedge import PaliGemma
+from paliedge.errors import PrecisionError
 from paliedge.model import SHIPPED_BUNDLE
+from paliedge_export.exporter import export_bundle
 
 NUM_SCENES = 40
 
@@ -28,6 +30,12 @@ def test_boxes_are_kept(precision: str, exact: float, tmp_path: Path) -> None:
     """40 scenes say less than the 500 of the stored results, whose limits are 0.01 and 0.02."""
     found = measure("cpu", precision, NUM_SCENES, tmp_path)
     assert found["scores"]["detect_ap50"] > exact - 0.05
+
+
+def test_plain_int4_of_the_shapes_model_is_refused(tmp_path: Path) -> None:
+    """README says so; and what `precisions` does about it is its budget."""
+    with pytest.raises(PrecisionError, match="mean IoU of boxes"):
+        export_bundle(str(CHECKPOINT), tmp_path / "b", precision="int4")
 
 
 def one(target: str, precision: str, ap50: float, caption: float) -> dict[str, Any]:

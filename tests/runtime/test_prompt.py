@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
 from paliedge.errors import BundleError, UsageError
-from paliedge.manifest import Tokens
-from paliedge.prompt import MAX_PROMPT_CHARACTERS, PromptTokenizer
+from paliedge.manifest import Prompts, Tokens
+from paliedge.prompt import MAX_PROMPT_CHARACTERS, PromptTokenizer, answer_prompt, question_prompt
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,13 @@ def test_ids_that_are_no_utf_8_neither_end_a_stream_nor_cost_other_text(
         streamed = "".join(stream(token) for token in [*ids, location])
         assert streamed.count("<loc0005>") == ids.count(location) + 1
         assert streamed.endswith("<loc0005>")
+
+
+@pytest.mark.parametrize("make", [answer_prompt, question_prompt])
+def test_a_question_has_words(make: Any) -> None:
+    assert make(Prompts(), "why?").text.endswith(" why?")
+    with pytest.raises(UsageError, match="no text"):
+        make(Prompts(), " ")
 
 
 def test_a_file_that_is_no_tokenizer_is_a_bundle_error(tmp_path: Path, tokens: Tokens) -> None:

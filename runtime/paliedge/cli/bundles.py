@@ -160,7 +160,7 @@ def verify(bundle: Path | None, run: bool, options: BackendOptions, as_json: boo
     if golden:
         click.echo(f"{golden.num_equal} of {golden.num_answers} golden answers equal, {golden.num_ties} left at a tie")
     else:
-        click.echo("this bundle has no golden answers")
+        click.echo("this bundle has no golden answers: it was exported without a comparison (--no-compare)")
     if checked:
         _print_run(checked)
 

@@ -409,7 +409,7 @@ def print_answer(source: str, result: Generation, as_json: bool) -> None:
             numbers.append(f"({found.mask.to_array().sum()} pixels)")
         click.echo(" ".join([f"{source}: {found.label}".rstrip(), *numbers]))
     if not result.detections:
-        click.echo(f"{source}: {result.text or 'nothing found'}")
+        click.echo(f"{source}: {result.text or '(an empty answer: nothing found)'}")
     _warn_of_cut(source, result)
 
 
