@@ -161,10 +161,8 @@ def write_weights(folder: Path, config: ModelConfig) -> int:
     return total
 
 
-def make_checkpoint(folder: Path, model: str, image_size: int, num_layers: int | None = None) -> int:
-    """Write all files of the checkpoint to `folder`, see `hub_config`; returns the weights' size in bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = hub_config(TEXT_CONFIGS[model], image_size, num_layers)
+def write_processor(folder: Path, image_size: int, num_image_tokens: int) -> None:
+    """preprocessor_config.json as PaliGemma's processor has it."""
     processor = {
         "do_convert_rgb": None,
         "do_normalize": True,
@@ -172,15 +170,22 @@ def make_checkpoint(folder: Path, model: str, image_size: int, num_layers: int |
         "do_resize": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": (image_size // 14) ** 2,
+        "image_seq_length": num_image_tokens,
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "PaliGemmaProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"height": image_size, "width": image_size},
     }
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def make_checkpoint(folder: Path, model: str, image_size: int, num_layers: int | None = None) -> int:
+    """Write all files of the checkpoint to `folder`, see `hub_config`; returns the weights' size in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = hub_config(TEXT_CONFIGS[model], image_size, num_layers)
+    write_processor(folder, image_size, (image_size // 14) ** 2)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tokenizer(make_tokenizer(), folder)
     return write_weights(folder, read_config(folder))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
+from benchmarks.make_checkpoint import write_processor
 from benchmarks.shapes.pool import GRID, PATCH
 from benchmarks.shapes.scenes import IMAGE_SIZE
 from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, write_tokenizer
@@ -98,18 +98,4 @@ def save_checkpoint(model: PaliGemmaForConditionalGeneration, tokenizer: Tokeniz
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
     write_tokenizer(tokenizer, folder)
-    processor = {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": NUM_PATCHES,
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "PaliGemmaProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    write_processor(folder, IMAGE_SIZE, NUM_PATCHES)

@@ -90,7 +90,7 @@ def ocr_prompt(prompts: Prompts) -> Prompt:
 
 def _check_text(what: str, text: str) -> None:
     if not text.strip():
-        raise UsageError(expected=what, found="no text", action="A prompt without any is `predict` with an empty one.")
+        raise UsageError(expected=what, found="no text", action="Give one; an empty prompt is for `predict`.")
 
 
 def find_box_request(prompt: str) -> BoxRequest | None:
