@@ -118,7 +118,8 @@ def export_bundle(
     vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `lora` is the
     folder of an adapter that is merged first. `prompts` names one of `PRESETS` or a JSON file of templates;
     unless given the checkpoint's name decides. A request may have `max_images` images. With
-    `letterbox`, a colour, pictures are not squashed but padded with it. `report` gets a line a stage.
+    `letterbox`, a colour, pictures are not squashed but padded with it; Roboflow's packages say so themselves.
+    `report` gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint, the mask decoder or the adapter cannot be read, or is no PaliGemma's.
@@ -150,7 +151,7 @@ def export_bundle(
         vocabulary=vocabulary,
         mask_decoder=masks,
         prompts=choose_prompts(prompts, name),
-        preprocess=msgspec.structs.replace(preprocess_of(tensors), letterbox=letterbox),
+        preprocess=preprocess_of(tensors, letterbox),
     )
     with publish_bundle(output) as staging:
         job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)

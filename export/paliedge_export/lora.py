@@ -41,6 +41,7 @@ class Adapted(Checkpoint):
         adapter: folder of the adapter.
 
     Attributes:
+        adapter: its folder.
         changed: names of the tensors that the adapter changes.
 
     Raises:
@@ -50,7 +51,7 @@ class Adapted(Checkpoint):
 
     def __init__(self, folder: Path, config: ModelConfig, adapter: Path) -> None:
         super().__init__(folder, config)
-        self._adapter = adapter
+        self.adapter = adapter
         self._options = _read_options(adapter)
         self._parts: dict[str, dict[str, Array]] = {}
         self._modules: dict[str, str] = {}
@@ -82,7 +83,7 @@ class Adapted(Checkpoint):
         if name not in self or (part and name in (EMBED_TOKENS, LM_HEAD)):
             what = "a table, whose rows are not merged here" if name in self else "nothing in the checkpoint"
             action = _MERGE if name in self else "Name the base model that the adapter was trained on."
-            raise _refused(self._adapter, f"'{key}', which belongs to {what}", action)
+            raise _refused(self.adapter, f"'{key}', which belongs to {what}", action)
         if part:
             self._parts.setdefault(name, {})[part[1]] = tensor
             self._modules[name] = path[: part.start()]
@@ -97,7 +98,7 @@ class Adapted(Checkpoint):
         wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if self._options.get("use_dora") else set())
         if parts.keys() != wanted:
             found = f"for '{name}' only {', '.join(sorted(parts))}"
-            raise _refused(self._adapter, found, f"It should have {', '.join(sorted(wanted))}: save it again.")
+            raise _refused(self.adapter, found, f"It should have {', '.join(sorted(wanted))}: save it again.")
         down, up = parts["lora_A"], parts["lora_B"]
         if up.shape[:1] != shape[:1] or down.size != len(down) * math.prod(shape[1:]) or up.size != len(up) * len(down):
             raise self._misfit(name, up, shape)
@@ -106,7 +107,7 @@ class Adapted(Checkpoint):
 
     def _misfit(self, name: str, tensor: Array, shape: tuple[int, ...]) -> CheckpointError:
         found = f"'{name}' of shape {list(tensor.shape)} for a tensor of shape {list(shape)}"
-        return _refused(self._adapter, found, "Name the base model that the adapter was trained on.")
+        return _refused(self.adapter, found, "Name the base model that the adapter was trained on.")
 
     def _scale(self, name: str) -> float:
         rank = len(self._parts[name]["lora_A"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from paliedge.errors import CheckpointError, UsageError
 from paliedge.manifest import Precision, Preprocess, Tokens
 from paliedge_export.big_vision import GEMMA2_27B_WIDTH, BigVisionCheckpoint
@@ -14,15 +16,16 @@ from paliedge_export.hub import find_checkpoint
 from paliedge_export.lora import Adapted
 from paliedge_export.lowering import TARGETS
 from paliedge_export.metadata import read_preprocess
+from paliedge_export.roboflow import Colour, read_letterbox, split_package
 from paliedge_export.weights import QUANTIZED
 
 
 def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
-    """A folder, a hub id or big_vision's .npz, with an adapter merged into it if there is one.
+    """A folder, a hub id, big_vision's .npz or Roboflow's package, with an adapter merged into it if there is one.
 
     Raises:
         CheckpointError: none of them, or one that cannot be read.
-        UsageError: an adapter for an .npz.
+        UsageError: an adapter for an .npz, or a second one.
     """
     path = Path(checkpoint)
     if path.suffix == ".npz" and path.is_file():
@@ -33,9 +36,16 @@ def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
                 action="Name the checkpoint that the adapter was trained on.",
             )
         return BigVisionCheckpoint(path)
-    folder = find_checkpoint(checkpoint)
+    folder, adapter = split_package(find_checkpoint(checkpoint))
+    if lora and adapter:
+        raise UsageError(
+            expected=f"one adapter: {adapter} holds one with its base model",
+            found=f"--lora {lora}, too",
+            action=f"Leave out --lora, or name {folder} as CHECKPOINT.",
+        )
     config = read_config(folder)
-    return Adapted(folder, config, lora) if lora else Checkpoint(folder, config)
+    adapter = lora or adapter
+    return Adapted(folder, config, adapter) if adapter else Checkpoint(folder, config)
 
 
 def check_precision(config: ModelConfig, targets: Sequence[str], precision: Precision) -> None:
@@ -56,11 +66,16 @@ def check_precision(config: ModelConfig, targets: Sequence[str], precision: Prec
         )
 
 
-def preprocess_of(tensors: Checkpoint) -> Preprocess:
-    """What the checkpoint's own files say; big_vision has none, and resizes bilinearly."""
+def preprocess_of(tensors: Checkpoint, letterbox: Colour | None) -> Preprocess:
+    """What the checkpoint's own files say; big_vision has none, and resizes bilinearly.
+
+    A `letterbox` goes before that of Roboflow's package.
+    """
     if isinstance(tensors, BigVisionCheckpoint):
-        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return read_preprocess(tensors.folder, tensors.config.vision.image_size)
+        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), letterbox=letterbox)
+    package = tensors.adapter if isinstance(tensors, Adapted) else tensors.folder
+    preprocess = read_preprocess(tensors.folder, tensors.config.vision.image_size)
+    return msgspec.structs.replace(preprocess, letterbox=letterbox or read_letterbox(package))
 
 
 def check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
