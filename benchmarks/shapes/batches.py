@@ -9,24 +9,28 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.shapes.codebook import unpack
 from benchmarks.shapes.network import NUM_PATCHES
 from benchmarks.shapes.pool import GRID, PATCH, Pool
 from benchmarks.shapes.scenes import MAX_OBJECTS, SHARES_WITH_MASKS, Example, make_examples
-from benchmarks.shapes.vocabulary import NEWLINE
+from benchmarks.shapes.vocabulary import LOCATIONS, NEWLINE, SEGMENTATIONS
 
 IGNORE = -100
 VALIDATION_SCENES = 60
 """The pool's last ones, never trained on."""
 _TASKS_WITH_TARGETS = ("detect", "count", "colour", "segment")
+_BOX_ERROR = 12
+"""Largest standard deviation, in bins, of an edge that the model is shown as its own: 1.3 pixels."""
 
 
 @dataclass
 class Batch:
     """I images, B sequences: `input_ids` and `labels` [B, T] hold the text behind the image tokens.
 
-    `masks` [M, 1, 64, 64] in -1..1 are those that the answers of rows `mask_row` [M] say, in their order.
+    `masks` [M, 1, 64, 64] in -1..1 are those that the answers of rows `mask_row` [M] say, in their order, each
+    within the box of `input_ids`, which is a little wrong, as a box is that the model has said.
     """
 
     pixel_values: Tensor
@@ -54,6 +58,7 @@ class Encoder:
         self.tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab()
         self.bos, self.eos, self.newline = (vocabulary[name] for name in ("<bos>", "<eos>", NEWLINE))
+        self.first_location, self.first_code = vocabulary[LOCATIONS[0]], vocabulary[SEGMENTATIONS[0]]
 
     def prefix(self, example: Example) -> list[int]:
         return [self.bos, *self.tokenizer.encode(example.prompt, add_special_tokens=False).ids, self.newline]
@@ -67,40 +72,71 @@ def pixels_from_images(images: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
+def misplace(boxes: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """`boxes` [N, 4] in bins (y1, x1, y2, x2) with edges as far off as a model's; each keeps some width and height."""
+    spread = rng.uniform(0, _BOX_ERROR, (len(boxes), 1))
+    moved = boxes + rng.normal(size=boxes.shape) * spread
+    moved = moved.round().astype(np.int64).clip(0, len(LOCATIONS) - 1)
+    flat = (moved[:, 2:] <= moved[:, :2]).any(1, keepdims=True)
+    return np.where(flat, boxes, moved)
+
+
+def move_masks(masks: Tensor, boxes: np.ndarray[Any, Any], moved: np.ndarray[Any, Any]) -> Tensor:
+    """What of `masks` [M, 1, 64, 64] in -1..1, each within its row of `boxes` [M, 4], lies within that of `moved`."""
+    before, after = torch.from_numpy(boxes).float(), torch.from_numpy(moved).float()
+    size = before[:, 2:] - before[:, :2]
+    scale = (after[:, 2:] - after[:, :2]) / size
+    shift = (after.unflatten(1, (2, 2)).sum(1) - before.unflatten(1, (2, 2)).sum(1)) / size
+    theta = torch.zeros(len(masks), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2] = scale[:, 1], scale[:, 0], shift[:, 1], shift[:, 0]
+    grid = functional.affine_grid(theta, list(masks.shape), align_corners=False)
+    return functional.grid_sample(masks + 1, grid, align_corners=False) - 1  # outside is 0, which is not inside
+
+
 def make_batch(
     pool: Pool, encoder: Encoder, rng: np.random.Generator, num_images: int, prompts: int, device: str
 ) -> Batch:
     """Random scenes with random prompts."""
     picks = np.sort(rng.integers(len(pool) - VALIDATION_SCENES, size=num_images))
-    prefixes, suffixes, ranks, masks, mask_rows = [], [], [], [np.zeros((0, pool.masks.shape[-1]), np.uint8)], []
+    prefixes, suffixes, said, ranks = [], [], [], []
+    masks, mask_rows, boxes, moved = [np.zeros((0, pool.masks.shape[-1]), np.uint8)], [], [], []
     for index in picks.tolist():
         scene = pool.scene(index)
         for example in make_examples(scene, rng, prompts, SHARES_WITH_MASKS):
             prefixes.append(encoder.prefix(example))
             suffixes.append(encoder.suffix(example))
+            said.append(np.array(suffixes[-1]))
             ranks.append(_patch_ranks(pool.patch_object[index], scene.objects, example))
             if example.task == "segment":
                 places = [_place(scene.objects, target) for target in example.targets]
                 masks.append(pool.masks[index, places])
                 mask_rows += [len(prefixes) - 1] * len(places)
+                bins = said[-1] - encoder.first_location
+                edges = (bins >= 0) & (bins < len(LOCATIONS))
+                boxes.append(bins[edges].reshape(-1, 4))
+                moved.append(misplace(boxes[-1], rng))
+                said[-1][edges] = moved[-1].flatten() + encoder.first_location
     length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True)) - 1
     input_ids = np.zeros((len(prefixes), length), np.int64)
     labels = np.full((len(prefixes), length), IGNORE)
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
-        text = prefix + suffix
-        input_ids[row, : len(text) - 1] = text[:-1]
-        labels[row, len(prefix) - 1 : len(text) - 1] = suffix
+        end = len(prefix) + len(suffix) - 1
+        input_ids[row, :end] = [*prefix, *said[row][:-1]]
+        labels[row, len(prefix) - 1 : end] = suffix
     objects = pool.patch_object[picks].astype(np.int64)
     rows = np.arange(num_images)[:, None]
     centres = (np.stack(np.meshgrid(range(GRID), range(GRID)), -1).reshape(-1, 2) + 0.5) * PATCH
-    boxes = (pool.boxes[picks].astype(np.float32)[rows, objects] - np.tile(centres, 2)) / 32
+    patch_boxes = (pool.boxes[picks].astype(np.float32)[rows, objects] - np.tile(centres, 2)) / 32
     dense = {
         "patch_class": torch.from_numpy(np.where(objects < 0, -1, pool.classes[picks][rows, objects]).astype(np.int64)),
-        "patch_box": torch.from_numpy(boxes.astype(np.float32)),
+        "patch_box": torch.from_numpy(patch_boxes.astype(np.float32)),
         "patch_codes": torch.from_numpy(pool.codes[picks].astype(np.int64)[rows, objects]),
         "patch_chars": torch.from_numpy(pool.patch_chars[picks].astype(np.int64)),
         "patch_order": torch.from_numpy(pool.patch_order[picks].astype(np.int64)),
     }
+    seen_masks = unpack(np.concatenate(masks))
+    if boxes:
+        seen_masks = move_masks(seen_masks, np.concatenate(boxes), np.concatenate(moved))
     return Batch(
         pixel_values=pixels_from_images(pool.images[picks]).to(device),
         image_index=torch.arange(num_images, device=device).repeat_interleave(prompts),
@@ -111,7 +147,7 @@ def make_batch(
             [len(prefix) + len(suffix) - 1 for prefix, suffix in zip(prefixes, suffixes, strict=True)], device=device
         ),
         ranks=torch.from_numpy(np.stack(ranks)).to(device),
-        masks=unpack(np.concatenate(masks)).to(device),
+        masks=seen_masks.to(device),
         mask_row=torch.tensor(mask_rows, dtype=torch.long, device=device),
         dense={name: value.to(device) for name, value in dense.items()},
     )

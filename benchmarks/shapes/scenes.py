@@ -48,7 +48,7 @@ WORDS = tuple(
 )
 TASKS = ("detect", "caption", "count", "colour", "ocr", "segment")
 SHARES = (0.5, 0.14, 0.08, 0.08, 0.2)
-SHARES_WITH_MASKS = (0.28, 0.14, 0.06, 0.04, 0.2, 0.28)
+SHARES_WITH_MASKS = (0.24, 0.13, 0.06, 0.04, 0.19, 0.34)
 _NUMBER_WORDS = ("no", "a", "two", "three", "four", "five", "six")
 _OVERSAMPLING = 4
 

@@ -19,13 +19,15 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from transformers import PaliGemmaForConditionalGeneration
 
 from benchmarks.shapes.batches import VALIDATION_SCENES, Encoder, make_batch
@@ -35,6 +37,7 @@ from benchmarks.shapes.pool import Pool
 from benchmarks.shapes.trainee import ANSWER_LOSSES, Trainee
 from benchmarks.shapes.validation import validate
 from benchmarks.shapes.vocabulary import build_tokenizer
+from paliedge_export.quantization import INT4_MAX, find_group
 
 LOG_EVERY = 100
 _MUON_RATE = 4
@@ -71,6 +74,27 @@ def average_gradients(model: nn.Module, num_workers: int) -> None:
     flat /= num_workers
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def round_to_4_bits(weight: Tensor) -> Tensor:
+    """`weight` [N, K] as `--precision int4` would leave it, without its calibration."""
+    groups = weight.unflatten(1, (-1, find_group(weight.shape[1])))
+    step = groups.abs().amax(-1, keepdim=True).clamp_min(1e-8) / INT4_MAX
+    return ((groups / step).round() * step).flatten(1)
+
+
+@contextmanager
+def rounded(trainee: Trainee) -> Iterator[None]:
+    """The decoder's linear layers in 4 bits; what they were is back afterwards, and takes the gradient."""
+    matrices = [p for p in trainee.model.model.language_model.layers.parameters() if p.ndim == 2]
+    kept = [matrix.detach().clone() for matrix in matrices]
+    with torch.no_grad():
+        for matrix, weight in zip(matrices, kept, strict=True):
+            matrix.copy_(round_to_4_bits(weight))
+    yield
+    with torch.no_grad():
+        for matrix, weight in zip(matrices, kept, strict=True):
+            matrix.copy_(weight)
 
 
 class Run:
@@ -113,12 +137,13 @@ class Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1)
-        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
-            losses = self.trainee.vision_loss(batch) if alone else self.trainee(batch)
-        dense = _dense_weight(self.step, options.steps)
-        weighted = [value if name in ANSWER_LOSSES else dense * value for name, value in losses.items()]
         self.trainee.zero_grad(set_to_none=True)
-        torch.stack(weighted).sum().backward()
+        with rounded(self.trainee) if self.step % options.round_every == 0 else nullcontext():
+            with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
+                losses = self.trainee.vision_loss(batch) if alone else self.trainee(batch)
+            dense = _dense_weight(self.step, options.steps)
+            weighted = [value if name in ANSWER_LOSSES else dense * value for name, value in losses.items()]
+            torch.stack(weighted).sum().backward()
         if self.num_workers > 1:
             average_gradients(self.trainee, self.num_workers)
         nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
@@ -190,6 +215,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn from the pool")
+    parser.add_argument("--round-every", type=int, default=3, help="steps to one with the decoder in 4 bits")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--every", type=int, default=500, help="steps between validations and saved states")

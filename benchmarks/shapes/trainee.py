@@ -28,6 +28,8 @@ _MARK_LAYER = 3
 _LENGTH_GROUPS = 3
 _LABEL_WEIGHT = 4
 """Of the token behind a mask: one label to sixteen codes."""
+_CODE_WEIGHT = 0.03
+"""The true codes are those of the true box, not of the one that was said; the mask loss asks for the right ones."""
 _SOFT_BINS = 512 / IMAGE_SIZE
 """Standard deviation of a location target, in bins: half a pixel."""
 
@@ -163,7 +165,7 @@ class Trainee(nn.Module):
         text = (weights * functional.nll_loss(log_probs, labels, reduction="none"))[is_text].sum()
         return {
             "location": location / (is_location.sum() + 1),
-            "code": 0.1 * code / (is_code.sum() + 1),
+            "code": _CODE_WEIGHT * code / (is_code.sum() + 1),
             "mask": 3 * self.mask_loss(among_codes, batch.masks_of(order)),
             "text": text / (weights[is_text].sum() + 1),
             **self.heads.patch_losses(features.float(), batch.dense),

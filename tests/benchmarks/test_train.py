@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from benchmarks.shapes.average_weights import average
-from benchmarks.shapes.batches import Encoder, make_batch
+from benchmarks.shapes.batches import Encoder, make_batch, misplace, move_masks
 from benchmarks.shapes.codebook import (
     CODES,
     NUM_CODES,
@@ -30,7 +30,7 @@ from benchmarks.shapes.network import make_model
 from benchmarks.shapes.pool import Pool, crop_mask, draw_pool
 from benchmarks.shapes.refine_masks import collect_answers, mean_iou, refine
 from benchmarks.shapes.scenes import CLASSES, make_scene
-from benchmarks.shapes.train import train
+from benchmarks.shapes.train import rounded, train
 from benchmarks.shapes.trainee import Trainee, prefix_lm_mask
 from benchmarks.shapes.vocabulary import SEGMENTATIONS, build_tokenizer
 from paliedge import PaliGemma
@@ -102,6 +102,7 @@ def test_training_resumes_and_ends_with_a_checkpoint(
         start=None,
         mask_decoder=MASK_DECODER,
         seed=1,
+        round_every=3,
     )
     train(arguments)
     first = (tmp_path / "state.pt").stat().st_mtime_ns
@@ -138,6 +139,38 @@ def test_masks_stand_where_their_codes_are_said(pool: Path, monkeypatch: pytest.
     assert batch.mask_row.tolist() == sorted(rows.tolist()) != rows.tolist()
     numbered = dataclasses.replace(batch, masks=batch.mask_row)
     assert numbered.masks_of(order).tolist() == rows.tolist()
+
+
+def test_a_mask_follows_the_box_that_was_said() -> None:
+    rng = np.random.default_rng(0)
+    objects = [item for seed in range(20) for item in make_scene(seed).objects]
+    boxes = np.array([(box.y1, box.x1, box.y2, box.x2) for box in (item.box for item in objects)]) * 1023 // 112
+    moved = misplace(boxes, rng)
+    assert 2 < np.abs(moved - boxes).mean() < 8
+    assert (moved[:, 2:] > moved[:, :2]).all()
+    assert moved.min() >= 0
+    assert moved.max() <= 1023
+    masks = torch.from_numpy(np.stack([crop_mask(item.mask, item.box) for item in objects])[:, None]).float() * 2 - 1
+    edges = (moved * 112 / 1023)[:, [1, 0, 3, 2]]
+    expected = np.stack([crop_mask(item.mask, tuple(box)) for item, box in zip(objects, edges, strict=True)])
+    found = (move_masks(masks, boxes, moved) > 0)[:, 0].numpy()
+    kept = (masks > 0)[:, 0].numpy()
+    overlaps = [((one & expected).sum((1, 2)) / (one | expected).sum((1, 2))).mean() for one in (found, kept)]
+    assert overlaps[0] > 0.95 > 0.9 > overlaps[1]
+
+
+def test_a_step_in_4_bits_leaves_the_weights_as_they_were(codebook: Codebook) -> None:
+    tokenizer = build_tokenizer(50)
+    trainee = Trainee(make_model(tokenizer), tokenizer, codebook)
+    before = {name: value.clone() for name, value in trainee.state_dict().items()}
+    with rounded(trainee):
+        inside = trainee.state_dict()
+        changed = {name for name, value in inside.items() if not torch.equal(value, before[name])}
+        layer = inside["model.model.language_model.layers.0.mlp.down_proj.weight"]
+        assert layer.unflatten(1, (-1, 64))[0, 0].unique().numel() <= 15
+    assert len(changed) == 5 * 7
+    assert all(".layers." in name and "language_model" in name for name in changed)
+    assert all(torch.equal(value, before[name]) for name, value in trainee.state_dict().items())
 
 
 def test_the_mask_loss_asks_for_codes_that_show_the_mask(codebook: Codebook) -> None:
