@@ -82,6 +82,14 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
     "'detect' those that the calibration prompts ask for. Other tasks are then refused.",
 )
 @click.option(
+    "--fast-prefill",
+    is_flag=True,
+    envvar="PALIEDGE_FAST_PREFILL",
+    show_envvar=True,
+    help="For int4 and cpu: the decoder's layers in 8 bits, too, which images and prompts go through faster. Takes "
+    "three times the memory.",
+)
+@click.option(
     "--prompts",
     metavar="NAME|FILE",
     envvar="PALIEDGE_PROMPTS",
@@ -153,6 +161,7 @@ def export(
     calibrate: Path | None,
     sensitivity: float | None,
     head_vocab: str | None,
+    fast_prefill: bool,
     mask_decoder: Path | None,
     lora: Path | None,
     prompts: str | None,
@@ -184,7 +193,9 @@ def export(
         targets=targets,
         precision=precision,
         limits=Limits(prefix=max_prompt_tokens, new_tokens=max_new_tokens),
-        quantization=Quantization(calibrate, None if sensitivity is None else sensitivity / 100, head_vocab),
+        quantization=Quantization(
+            calibrate, None if sensitivity is None else sensitivity / 100, head_vocab, fast_prefill
+        ),
         mask_decoder=mask_decoder,
         lora=lora,
         prompts=prompts,

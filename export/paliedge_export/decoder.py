@@ -1,7 +1,7 @@
 """The decoder's graph: Gemma or Gemma 2 with a KV cache and the choice of the next token inside.
 
-One graph serves prefill (S = prefix) and decode (S = 1). `position_ids` say how much of the cache
-is filled. Who stores the new rows depends on the lowering:
+One graph serves prefill (S = prefix) and decode (S = 1), unless prefill has one of its own (`add_prefill`).
+`position_ids` say how much of the cache is filled. Who stores the new rows depends on the lowering:
 
 - "rows": the cache inputs have whatever length the caller gives them, none (or one hidden row) at
   prefill, the whole fixed capacity afterwards. The graph returns the new rows; the caller stores them.
@@ -82,23 +82,60 @@ def add_decoder(
     rotation = _rotation(graph, text, positions)
     attend = _attend_fused if fused else _attend_written_out
     for index in range(text.num_layers):
-        name = f"language_model.layers.{index}"
-        normed = _norm(graph, text, f"{name}.input_layernorm", x)
-        query, key, value = _project(graph, text, f"{name}.self_attn.qkv_proj", normed, rotation)
+        query, key, value = _enter_layer(graph, text, index, x, rotation)
         keys, values = cache.extend(index, "key", key), cache.extend(index, "value", value)
-        attended = attend(graph, text, query, keys, values, mask)
-        attended = graph.linear(attended, f"{name}.self_attn.o_proj", per_token=True)
-        if text.post_norms:
-            attended = _norm(graph, text, f"{name}.post_attention_layernorm", attended)
-        x = graph.op("Add", x, attended)
-        before = "pre_feedforward_layernorm" if text.post_norms else "post_attention_layernorm"
-        fed = _feed_forward(graph, text, name, _norm(graph, text, f"{name}.{before}", x))
-        if text.post_norms:
-            fed = _norm(graph, text, f"{name}.post_feedforward_layernorm", fed)
-        x = graph.op("Add", x, fed, name=layer_output(name))
+        x = _leave_layer(graph, text, index, x, attend(graph, text, query, keys, values, mask))
     last = _norm(graph, text, "language_model.norm", _last_hidden(graph, text, x, start, prefix_length))
     last = graph.op("Identity", last, name=LAST_HIDDEN)
     _choose_token(graph, text, last, tokens, allowed, kept_tokens)
+
+
+def add_prefill(graph: GraphBuilder, config: ModelConfig) -> None:
+    """The nodes that make the cache rows of one request's prefix, and nothing else: the last layer ends with them.
+
+    Inputs: inputs_embeds [B, S, H] float32, position_ids [B, S] int64. Outputs: present.N.key and .value
+    [B, kv heads, S, head_dim]. Everything sees everything.
+    """
+    text = config.text
+    x = graph.input("inputs_embeds", np.float32, ("batch", "sequence", text.hidden_size))
+    positions = graph.input("position_ids", np.int64, ("batch", "sequence"))
+    rotation = _rotation(graph, text, positions)
+    for index in range(text.num_layers):
+        query, key, value = _enter_layer(graph, text, index, x, rotation)
+        keys, values = _put_out(graph, text, index, "key", key), _put_out(graph, text, index, "value", value)
+        if index + 1 < text.num_layers:
+            x = _leave_layer(graph, text, index, x, _attend_written_out(graph, text, query, keys, values))
+
+
+def _enter_layer(
+    graph: GraphBuilder, text: TextConfig, index: int, x: str, rotation: tuple[str, str]
+) -> tuple[str, str, str]:
+    """Query, key and value of a layer, see `_project`."""
+    name = f"language_model.layers.{index}"
+    normed = _norm(graph, text, f"{name}.input_layernorm", x)
+    return _project(graph, text, f"{name}.self_attn.qkv_proj", normed, rotation)
+
+
+def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, attended: str) -> str:
+    """What a layer makes of its input `x` [B, S, H] and of what its heads saw, [B, S, heads * head_dim]."""
+    name = f"language_model.layers.{index}"
+    attended = graph.linear(attended, f"{name}.self_attn.o_proj", per_token=True)
+    if text.post_norms:
+        attended = _norm(graph, text, f"{name}.post_attention_layernorm", attended)
+    x = graph.op("Add", x, attended)
+    before = "pre_feedforward_layernorm" if text.post_norms else "post_attention_layernorm"
+    fed = _feed_forward(graph, text, name, _norm(graph, text, f"{name}.{before}", x))
+    if text.post_norms:
+        fed = _norm(graph, text, f"{name}.post_feedforward_layernorm", fed)
+    return graph.op("Add", x, fed, name=layer_output(name))
+
+
+def _put_out(graph: GraphBuilder, text: TextConfig, index: int, part: str, new: str) -> str:
+    """New rows [B, S, kv heads, head_dim] as the output that they are: [B, kv heads, S, head_dim]."""
+    rows = graph.compute(graph.op("Transpose", new, perm=[0, 2, 1, 3]))
+    shape = ("batch", text.num_kv_heads, "sequence", text.head_dim)
+    graph.output(rows, f"present.{index}.{part}", graph.compute_type, shape)
+    return rows
 
 
 class _Cache(Protocol):
@@ -134,11 +171,8 @@ class _RowCache:
         return _mask(graph, graph.op("Concat", past, new, axis=-1))
 
     def extend(self, index: int, part: str, new: str) -> str:
-        graph, text = self._graph, self._text
-        rows = graph.compute(graph.op("Transpose", new, perm=[0, 2, 1, 3]))
-        shape = ("batch", text.num_kv_heads, "sequence", text.head_dim)
-        graph.output(rows, f"present.{index}.{part}", graph.compute_type, shape)
-        return graph.op("Concat", self._past[index, part], rows, axis=2)
+        rows = _put_out(self._graph, self._text, index, part, new)
+        return self._graph.op("Concat", self._past[index, part], rows, axis=2)
 
 
 class _InPlaceCache:
@@ -225,21 +259,27 @@ def _attend_fused(graph: GraphBuilder, text: TextConfig, query: str, keys: str, 
     return graph.op("Reshape", attended, graph.ints(0, 0, text.num_heads * text.head_dim))
 
 
-def _attend_written_out(graph: GraphBuilder, text: TextConfig, query: str, keys: str, values: str, mask: str) -> str:
+def _attend_written_out(
+    graph: GraphBuilder, text: TextConfig, query: str, keys: str, values: str, mask: str | None = None
+) -> str:
     """Grouped-query attention in matrix products, softcap and softmax in float32."""
     heads, groups, dim = text.num_heads, text.num_kv_heads, text.head_dim
+    length = graph.op("Shape", query, start=1, end=2)
     # Query heads of a group lie behind one another, so that a group is one matrix product.
     query = graph.op("Transpose", query, perm=[0, 2, 1, 3])
     query = graph.compute(graph.op("Reshape", query, graph.ints(0, groups, -1, dim)))
     scores = graph.matmul(query, graph.op("Transpose", keys, perm=[0, 1, 3, 2]))
     if text.attn_softcap:
         scores = _softcap(graph, scores, text.attn_softcap)
-    length, width = (graph.op("Shape", mask, start=axis, end=axis + 1) for axis in (2, 3))
-    per_head = graph.op("Concat", graph.ints(0, heads), length, width, axis=0)
-    scores = graph.op("Add", graph.op("Reshape", scores, per_head), mask)
+    if mask:
+        width = graph.op("Shape", mask, start=3, end=4)
+        per_head = graph.op("Concat", graph.ints(0, heads), length, width, axis=0)
+        scores = graph.op("Add", graph.op("Reshape", scores, per_head), mask)
     weights = graph.compute(graph.op("Softmax", scores, axis=-1))
-    per_group = graph.op("Concat", graph.ints(0, groups, -1), width, axis=0)
-    attended = graph.matmul(graph.op("Reshape", weights, per_group), values)
+    if mask:
+        per_group = graph.op("Concat", graph.ints(0, groups, -1), width, axis=0)
+        weights = graph.op("Reshape", weights, per_group)
+    attended = graph.matmul(weights, values)
     per_head = graph.op("Concat", graph.ints(0, heads), length, graph.ints(dim), axis=0)
     attended = graph.op("Transpose", graph.op("Reshape", attended, per_head), perm=[0, 2, 1, 3])
     return graph.op("Reshape", attended, graph.ints(0, 0, heads * dim))

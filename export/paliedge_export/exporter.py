@@ -83,12 +83,15 @@ class Quantization:
         sensitivity: rank the layers, and keep the worst in 16 bits while the weights of the linear layers
             grow by no more than this share; None leaves it out.
         head_vocabulary: "detect" or a file of labels: the head keeps only what such answers need.
+        fast_prefill: of int4 for `cpu`: a second graph with 8-bit weights for the prefix, which ONNX Runtime
+            multiplies at twice the rate; the layers are in memory twice.
         smooth: scale activations into the weights.
     """
 
     calibrate: Path | None = None
     sensitivity: float | None = None
     head_vocabulary: str | None = None
+    fast_prefill: bool = False
     smooth: bool = True
 
 
@@ -131,7 +134,7 @@ def export_bundle(
     folder, config = tensors.folder, tensors.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
     check_precision(config, targets, chosen)
-    _check_quantization(chosen, quantization)
+    _check_quantization(chosen, targets, quantization)
     tokens = read_tokens(folder)
     check_rows(tensors, tokens)
     samples = _find_samples(folder, quantization)
@@ -158,8 +161,14 @@ def export_bundle(
         return job.run(samples, compare=compare)
 
 
-def _check_quantization(precision: Precision, quantization: Quantization) -> None:
+def _check_quantization(precision: Precision, targets: Sequence[str], quantization: Quantization) -> None:
     """Raise a UsageError for what only a quantised bundle can be asked."""
+    if quantization.fast_prefill and (precision != "int4" or "cpu" not in targets):
+        raise UsageError(
+            expected="int4 for the target 'cpu', whose 4-bit products are slow for many tokens at once",
+            found=f"--fast-prefill with {precision} for {', '.join(targets)}",
+            action="Add --precision int4 --target cpu, or leave out --fast-prefill.",
+        )
     if quantization.sensitivity is not None and precision not in QUANTIZED:
         raise UsageError(
             expected="int8 or int4, whose layers can be ranked by their error",
@@ -232,7 +241,9 @@ class _Job:
         reference, golden = None, None
         if compare or (quantized and not known):
             reference, golden = self._refer(samples if quantized and not known else judged, statistics)
-        encoding, report = Encoding(self.precision, kept_tokens=self.source.kept_tokens), PrecisionReport({})
+        fast = self.quantization.fast_prefill
+        encoding = Encoding(self.precision, kept_tokens=self.source.kept_tokens, fast_prefill=fast)
+        report = PrecisionReport({})
         tensors: Tensors = self.checkpoint
         if quantized:
             encoding, tensors = self._quantize(statistics, encoding, calibrating[:NUM_SAMPLES], report)

@@ -57,6 +57,7 @@ class ProbedGraphs:
                 path.unlink()
 
         self._vision, self._decoder = load(target.vision_encoder), load(target.decoder)
+        self._prefill = load(target.prefill) if target.prefill else None
         self._names = [output.name for output in self._decoder.get_outputs()]
         self._past: Outputs = {}
         self._length = 0
@@ -71,7 +72,17 @@ class ProbedGraphs:
         self._past = self._empty_cache(self._capacity if self._in_place else 0)
         self._length = 0
         self._prefix = len(inputs_embeds)
-        return self._run(inputs_embeds, allowed)
+        if not self._prefill:
+            return self._run(inputs_embeds, allowed)
+        positions = np.arange(1, self._prefix + 1)[None]
+        names = [output.name for output in self._prefill.get_outputs()]
+        found = self._prefill.run(names, {"inputs_embeds": inputs_embeds[None], "position_ids": positions})
+        outputs = dict(zip(names, found, strict=True))
+        self._length = self._prefix - 1
+        for tensor in self._cache_inputs:
+            self._past[tensor.name] = outputs.pop(present_name(tensor.name))[:, :, : self._length]
+        last = self._run(inputs_embeds[-1:], allowed)
+        return {name: array for name, array in last.items() if not name.endswith(layer_output(""))} | outputs
 
     def decode(self, inputs_embeds: FloatArray, allowed: tuple[int, int]) -> Outputs:
         """Append one token [H]."""

@@ -20,7 +20,7 @@ from paliedge_export.compare import Answers, Runner
 from paliedge_export.linears import linears
 from paliedge_export.lowering import TARGETS
 from paliedge_export.samples import Sample
-from paliedge_export.weights import Encoding, Stored, Tensors, write_linear
+from paliedge_export.weights import Encoding, Stored, StoredGraphs, Tensors, write_linear
 from paliedge_export.writer import Source, StoredByLayout, write_target
 
 NUM_SAMPLES = 2
@@ -80,9 +80,8 @@ class Trial:
 
     def _answer(self, replaced: Stored, forced: Answers | None = None) -> Answers:
         encoding = Encoding("fp32", kept_tokens=self._source.kept_tokens)
-        vision, decoder = self._stored
         layout = TARGETS[self._target].lowering.layout
-        stored: StoredByLayout = {layout: (vision | replaced, decoder | replaced)}
+        stored = {layout: StoredGraphs(self._stored.vision_encoder | replaced, self._stored.decoder | replaced)}
         target = write_target(self.folder, self._source, self._target, stored, encoding)
         changed = {target.vision_encoder.file, target.decoder.file, *(one.file for one in replaced.values())}
         files = self._manifest.files | {name: describe_file(self.folder / name) for name in changed}

@@ -16,7 +16,7 @@ integers in different orders, so that a quantised bundle for both has both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -70,6 +70,7 @@ class Encoding:
         kept: linear layers that stay in 16 bits.
         kept_tokens: ids whose rows the head keeps, ascending; None for all.
         with_table: write the host's embedding table too, also where it is not the head; a bundle needs one.
+        fast_prefill: write the decoder's layers in 8 bits, too, where the layout multiplies them faster.
     """
 
     precision: Precision
@@ -78,6 +79,7 @@ class Encoding:
     kept: frozenset[str] = frozenset()
     kept_tokens: Sequence[int] | None = None
     with_table: bool = True
+    fast_prefill: bool = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -149,15 +151,21 @@ class WeightFile:
 Stored = dict[str, StoredTensor]
 
 
+class StoredGraphs(NamedTuple):
+    """Tensors of each graph; the decoder's `lm_head.weight` may be the table itself."""
+
+    vision_encoder: Stored
+    decoder: Stored
+    prefill: Stored | None = None
+
+
 def write_weights(
     folder: Path, checkpoint: Tensors, config: ModelConfig, rows: int, encoding: Encoding
-) -> tuple[Stored, Stored]:
+) -> StoredGraphs:
     """Write embedding table, head, vision encoder and decoder to files in `folder`; returns what lies where.
 
     `rows` of the table are tokens; those behind them are noise. With bf16, table and head are fp16:
     logits in bfloat16 are an eighth apart where they matter, and neighbouring location tokens would tie.
-    The first result is the vision encoder's tensors, the second the decoder's, in which `lm_head.weight`
-    may be the table itself.
     """
     suffix, every = encoding.suffix, range(rows)
     quantized = encoding.precision in QUANTIZED
@@ -186,7 +194,12 @@ def write_weights(
         _add_decoder(decoder, checkpoint, config, encoding)
         if quantized:
             _add_head_scales(decoder, _row_scales(checkpoint, source, kept), config, encoding.layout)
-    return vision.tensors, decoder.tensors | tensors
+    graphs = StoredGraphs(vision.tensors, decoder.tensors | tensors)
+    if not encoding.fast_prefill or encoding.layout != "contrib":
+        return graphs
+    with WeightFile(folder / f"prefill.{suffix}.weights") as prefill:
+        _add_decoder(prefill, checkpoint, config, replace(encoding, precision="int8"), only_rows=True)
+    return graphs._replace(prefill=prefill.tensors)
 
 
 def write_linear(folder: Path, name: str, tensors: Tensors, linear: Linear, encoding: Encoding) -> Stored:
@@ -218,12 +231,20 @@ def _add_vision_encoder(file: WeightFile, checkpoint: Tensors, config: ModelConf
     _add_linear_and_bias(file, checkpoint, "multi_modal_projector.linear", encoding)
 
 
-def _add_decoder(file: WeightFile, checkpoint: Tensors, config: ModelConfig, encoding: Encoding) -> None:
+def _add_decoder(
+    file: WeightFile, checkpoint: Tensors, config: ModelConfig, encoding: Encoding, *, only_rows: bool = False
+) -> None:
+    """The decoder's layers and last norm; with `only_rows` no more than the cache's rows are made from."""
     norms = ["input_layernorm", "post_attention_layernorm"]
     if config.text.post_norms:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for index in range(config.text.num_layers):
         layer = f"language_model.layers.{index}"
+        if only_rows and index + 1 == config.text.num_layers:
+            weights = [f"{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
+            _add_linear(file, checkpoint, f"{layer}.self_attn.qkv_proj", weights, encoding)
+            _add_rms_norm(file, checkpoint, f"{layer}.input_layernorm.weight")
+            return
         for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
             module = fused.split(".")[0]
             weights = [f"{layer}.{module}.{part}_proj.weight" for part in parts]

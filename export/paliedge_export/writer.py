@@ -33,7 +33,7 @@ from paliedge.manifest import (
 from paliedge.prompt import PromptTokenizer
 from paliedge_export.checkpoint import EMBED_TOKENS, Array
 from paliedge_export.config import ModelConfig
-from paliedge_export.decoder import add_decoder
+from paliedge_export.decoder import add_decoder, add_prefill
 from paliedge_export.golden import PROMPTS
 from paliedge_export.graph import GraphBuilder
 from paliedge_export.head_vocabulary import HeadVocabulary
@@ -41,7 +41,7 @@ from paliedge_export.lowering import TARGETS, Layout, Lowering
 from paliedge_export.mask_decoder import CODEBOOK, add_mask_decoder, write_mask_weights
 from paliedge_export.samples import Sample, builtin_samples
 from paliedge_export.vision_encoder import add_vision_encoder
-from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, Stored, Tensors, WeightFile, write_weights
+from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, StoredGraphs, Tensors, WeightFile, write_weights
 
 _TOKENIZER = "tokenizer.json"
 
@@ -78,7 +78,7 @@ class Source:
         return builtin_samples(tuple(fitting) or ("ocr",))
 
 
-StoredByLayout = dict[Layout, tuple[Stored, Stored]]
+StoredByLayout = dict[Layout, StoredGraphs]
 
 
 def write_all_weights(
@@ -102,7 +102,7 @@ def write_bundle(
 ) -> Manifest:
     """Graphs on the weights that are `stored` in `folder`, tokenizer and manifest."""
     shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
-    tensors_of_first = next(iter(stored.values()))[1]
+    tensors_of_first = next(iter(stored.values())).decoder
     table = tensors_of_first[EMBED_TOKENS]
     mask_decoder = _write_mask_decoder(folder, source.mask_decoder) if source.mask_decoder else None
     written = {name: write_target(folder, source, name, stored, encoding) for name in targets}
@@ -145,9 +145,9 @@ def add_files(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout, encoding: Encoding) -> Target:
-    """A target's own two graphs; a file that another target has written alike is written again, the same."""
+    """A target's own graphs; a file that another target has written alike is written again, the same."""
     lowering = TARGETS[name].lowering
-    vision, decoder = stored[lowering.layout]
+    vision, decoder, prefill = stored[lowering.layout]
     compute_type = encoding.dtype
     if encoding.precision in QUANTIZED and lowering.layout == "contrib":
         compute_type = np.dtype(np.float32)
@@ -159,12 +159,17 @@ def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout
     def add_text(graph: GraphBuilder) -> None:
         add_decoder(graph, source.config, source.tokens, lowering, capacity, source.kept_tokens)
 
+    fast = None
+    if prefill:
+        builder = GraphBuilder("prefill", lowering, prefill, compute_type)
+        fast = _write_graph(folder, builder, lambda graph: add_prefill(graph, source.config))
     return Target(
         precision=encoding.precision,
         cache_update=lowering.cache_update,
         vision_encoder=_write_graph(folder, GraphBuilder("vision_encoder", lowering, vision, compute_type), add_vision),
         decoder=_write_graph(folder, GraphBuilder("decoder", lowering, decoder, compute_type), add_text),
         mask_decoder=None,
+        prefill=fast,
         independent_rows=not (encoding.precision == "int8" and lowering.layout == "contrib"),
     )
 

@@ -63,7 +63,8 @@ class Bundle:
         )
         named = {manifest.tokenizer, manifest.embedding.file, *filter(None, optional)}
         for target in manifest.targets.values():
-            for graph in (target.vision_encoder, target.decoder):
+            graphs = (target.vision_encoder, target.decoder, target.prefill, target.mask_decoder)
+            for graph in filter(None, graphs):
                 named |= {graph.file, *graph.weights}
         for engine in manifest.engines:
             named |= set(engine.files)

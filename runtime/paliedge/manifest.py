@@ -181,6 +181,9 @@ class Target(_Strict, frozen=True):
     them into the cache; "in_place", the graph writes them at `write_index` and each cache output lies
     where its input does. Without a `mask_decoder` segmentation tokens stay codes. The rows of a batch are
     not independent where the graph measures a scale over all tokens at hand.
+
+    `prefill`, where there is one, gives the cache rows of a prefix faster than `decoder` and chooses no token:
+    `decoder` is then run on the prefix's last token, whose rows it gives again.
     """
 
     precision: Precision
@@ -188,7 +191,14 @@ class Target(_Strict, frozen=True):
     vision_encoder: Graph
     decoder: Graph
     mask_decoder: Graph | None
+    prefill: Graph | None = None
     independent_rows: bool = True
+
+    @property
+    def weights(self) -> set[str]:
+        """The files that hold the weights of its vision encoder and decoder."""
+        graphs = filter(None, (self.vision_encoder, self.decoder, self.prefill))
+        return {name for graph in graphs for name in graph.weights}
 
 
 class Range(_Strict, frozen=True):

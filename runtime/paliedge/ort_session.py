@@ -88,12 +88,12 @@ class OrtCache:
             _bind_output(binding, present_name(name), (new if self._stores_rows else buffer)[rows])
         return binding
 
-    def append(self, batch: int) -> None:
-        """Take the step's new rows in, where the graph has not written them itself: the first rows grow by a token."""
+    def append(self, rows: slice) -> None:
+        """Take the step's new rows in, where the graph has not written them itself: `rows` grow by a token."""
         if self._stores_rows:
-            for row in range(batch):
+            for row in range(len(self.lengths))[rows]:
                 self._rows[:, row, :, self.lengths[row]] = self._new_rows[:, row, :, 0]
-        self.lengths[:batch] += 1
+        self.lengths[rows] += 1
 
     def steps(self, rows: slice) -> list[Step]:
         """What the last step put out for `rows`."""
@@ -135,6 +135,9 @@ class OrtSession:
         names, heads, dim, dtype = _cache_inputs(self._target)
         self._empty = dict.fromkeys(names, np.zeros((1, heads, 0, dim), dtype))
         self._prefill_outputs = [tensor.name for tensor in self._target.decoder.outputs]
+        self._prefill: ort.InferenceSession | None = None
+        if self._target.prefill:
+            self._prefill = load_graph(bundle.path(self._target.prefill.file), num_threads, provider)
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
         (features,) = self._vision.run(["image_features"], {"pixel_values": pixel_values})
@@ -145,7 +148,7 @@ class OrtSession:
         return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity, batch)
 
     def close(self) -> None:
-        del self._vision, self._decoder, self._masks
+        del self._vision, self._decoder, self._prefill, self._masks
 
     def prefill(
         self,
@@ -164,23 +167,33 @@ class OrtSession:
         if self._target.cache_update == "in_place":
             self._decoder.run_with_iobinding(cache.bind(rows, inputs_embeds, position_ids))
             return cache.steps(rows)[0]
+        if self._prefill:
+            present = [present_name(name) for name in cache.buffers]
+            outputs = self._prefill.run(present, {"inputs_embeds": inputs_embeds, "position_ids": position_ids})
+            for buffer, new in zip(cache.buffers.values(), outputs, strict=True):
+                buffer[rows, :, :length] = new
+            cache.lengths[row] = length - 1
+            last = np.ascontiguousarray(inputs_embeds[:, -1:]), np.array([[length]])
+            self._decoder.run_with_iobinding(cache.bind(rows, *last))
+            cache.append(rows)
+            return cache.steps(rows)[0]
         inputs = self._empty | {
             "inputs_embeds": inputs_embeds,
             "position_ids": position_ids,
             "prefix_length": cache.prefix_lengths[rows],
             "allowed_ids": cache.allowed_ids[rows],
         }
-        outputs = dict(zip(self._prefill_outputs, self._decoder.run(self._prefill_outputs, inputs), strict=True))
+        found = dict(zip(self._prefill_outputs, self._decoder.run(self._prefill_outputs, inputs), strict=True))
         for name, buffer in cache.buffers.items():
-            buffer[rows, :, :length] = outputs[present_name(name)]
-        return Step(int(outputs["next_token"][0]), float(outputs["log_prob"][0]))
+            buffer[rows, :, :length] = found[present_name(name)]
+        return Step(int(found["next_token"][0]), float(found["log_prob"][0]))
 
     def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
         batch = len(inputs_embeds)
         cache.inputs_embeds[:batch, 0] = inputs_embeds
         cache.position_ids[:batch, 0] = cache.lengths[:batch] + 1
         steps = self.repeat_decode(cache, allowed)
-        cache.append(batch)
+        cache.append(slice(0, batch))
         return steps
 
     def repeat_decode(self, cache: OrtCache, allowed: Sequence[IdRange]) -> list[Step]:

@@ -58,9 +58,10 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
         **_describe_answers(manifest),
     }
     for name, target in sorted(manifest.targets.items()):
-        names = {manifest.embedding.file, *target.vision_encoder.weights, *target.decoder.weights}
+        names = {manifest.embedding.file} | target.weights
         size = sum(manifest.files[name].size for name in names) / 1e6
-        rows[f"target {name}"] = f"{target.precision}, {size:.1f} MB of weights"
+        twice = ", the decoder's twice for a fast prefill" if target.prefill else ""
+        rows[f"target {name}"] = f"{target.precision}, {size:.1f} MB of weights{twice}"
         if name in manifest.comparisons:
             rows[f"  {name} compared"] = manifest.comparisons[name].describe()
         else:
