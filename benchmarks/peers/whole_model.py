@@ -67,7 +67,9 @@ REDUCED_HEAD_BOUND = 1e-2
 _CALIBRATION_IMAGES = 4
 _REFERENCE = "paliedge fp32"
 _INPUTS = "inputs.npz"
-_REDUCED = "-reduced-head"
+_REDUCED, _FAST = "-reduced-head", "-fast-prefill"
+_VARIANTS = {_REDUCED: ("--head-vocab", "detect"), _FAST: ("--fast-prefill",)}
+"""What a bundle's name ends with, and the options that make such a one."""
 _VERSIONS = """import json, sys; from importlib.metadata import version
 print(json.dumps({name: version(name) for name in sys.argv[1:]}))"""
 
@@ -79,13 +81,13 @@ class Size(NamedTuple):
         num_layers: of both parts of a checkpoint that is made; None, PaliGemma-3B's.
         num_answers: measured in each child.
         num_overhead: answers whose decode steps are looked into; 0 where a step takes too long to see anything else.
-        reduced_head: whether our int4 with a reduced head takes part.
+        variants: whether our int4 with a reduced head, and with a prefill of its own, take part.
     """
 
     num_layers: int | None
     num_answers: int
     num_overhead: int
-    reduced_head: bool
+    variants: bool
 
 
 SIZES = {"shapes": Size(None, 200, 200, False), "mid": Size(6, 5, 5, True), "3b": Size(None, 2, 0, True)}
@@ -154,16 +156,17 @@ def list_contenders(size: str, folder: Path, num_threads: int) -> list[Contender
     """Everybody who takes part; no environment is made yet, so a peer's interpreter is its name."""
     threads = ("--threads", str(num_threads))
     return [
-        *_our_contenders(folder, threads, SIZES[size].reduced_head),
+        *_our_contenders(folder, threads, SIZES[size].variants),
         *_transformers_contenders(folder, checkpoint_of(size, folder), threads),
         *_openvino_contenders(folder, threads),
     ]
 
 
-def _our_contenders(folder: Path, threads: Sequence[str], reduced_head: bool) -> Iterator[Contender]:
-    reduced = {"cpu-int4" + _REDUCED: "int4"} if reduced_head else {}
-    for bundle, precision in (_OUR_BUNDLES | reduced).items():
-        name = "paliedge " + bundle.removeprefix("cpu-").replace(_REDUCED, ", reduced head")
+def _our_contenders(folder: Path, threads: Sequence[str], variants: bool) -> Iterator[Contender]:
+    more = {"cpu-int4" + ending: "int4" for ending in _VARIANTS} if variants else {}
+    for bundle, precision in (_OUR_BUNDLES | more).items():
+        precision_name, _, variant = bundle.removeprefix("cpu-").partition("-")
+        name = f"paliedge {precision_name}" + (f", {variant.replace('-', ' ')}" if variant else "")
         command = (sys.executable, "-m", "benchmarks.peers.ours", str(folder / bundle), *threads)
         yield Contender(Engine(name, precision, command), "paliedge", bundle)
 
@@ -209,13 +212,14 @@ def prepare(size: str, folder: Path, contenders: Sequence[Contender]) -> None:
 
 
 def export_command(checkpoint: Path, folder: Path, bundle: str) -> list[str]:
-    """The export of one bundle, named TARGET-PRECISION, with "-reduced-head" behind it if it has one."""
-    target, precision = bundle.removesuffix(_REDUCED).split("-")
+    """The export of one bundle, named TARGET-PRECISION, with the ending of a variant behind it if it is one."""
+    target, precision, *_ = bundle.split("-")
+    variant = next((options for ending, options in _VARIANTS.items() if bundle.endswith(ending)), ())
     verb = [str(Path(sys.executable).with_name("paliedge")), "export", str(checkpoint), "-o", str(folder / bundle)]
     command = [*verb, "--target", target, "--precision", precision, "--no-compare"]
     if precision in ("int8", "int4") and bundle != "cpu-int8":
         command += ["--calibrate", str(folder / "cpu-int8")]
-    return command + (["--head-vocab", "detect"] if bundle.endswith(_REDUCED) else [])
+    return [*command, *variant]
 
 
 def copy_samples(source: Path, target: Path, num_images: int) -> None:
