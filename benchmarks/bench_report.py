@@ -186,23 +186,28 @@ def _spread(one: dict[str, Any]) -> str:
 def _scaling() -> Iterator[str]:
     found = _load("scaling.json")
     if found:
+        steps = "; ".join(
+            "{} {:.3f} ({:.3f} to {:.3f})".format(precision, one["late_over_early"], *one["late_over_early_range"])
+            for precision, one in found["precisions"].items()
+        )
         yield (
             f"How cost grows, {found['model']}, `python -m benchmarks.scaling --work FOLDER`: a decode step behind 90 "
-            f"tokens takes {found['late_over_early']:.3f} times what it takes behind 5 "
-            f"({found['late_over_early_range'][0]:.3f} to {found['late_over_early_range'][1]:.3f}); and of vision and "
-            "prefill together:"
+            f"tokens over one behind 5 takes {steps} times as long; and of vision and prefill together:"
         )
         rows = [
             [
+                precision,
                 str(one["image_size"]),
                 f"{one['flops'] / 1e12:.2f}",
                 f"{one['seconds']:.2f}",
                 f"{one['flops'] / one['seconds'] / 1e9:.0f}",
                 f"{one['over_flops']:.2f}",
             ]
-            for one in found["sizes"]
+            for precision, both in found["precisions"].items()
+            for one in both["sizes"]
         ]
-        yield _table(("pixels", "operations, 10^12", "seconds", "10^9 operations/s", "over what operations say"), rows)
+        head = ("precision", "pixels", "operations, 10^12", "seconds", "10^9 operations/s", "over what operations say")
+        yield _table(head, rows)
 
 
 def _jetsons() -> Iterator[str]:

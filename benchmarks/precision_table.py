@@ -34,7 +34,7 @@ def quality_table() -> str:
         scores, gate = one["scores"], one["gate"]
         rows.append(
             [
-                f"{one['precision']}, `{one['target']}`",
+                f"{one['precision']}, `{one['target']}`" + _vision(one),
                 f"{one['bundle_bytes'] / 1e6:.1f}",
                 f"{scores['detect_ap50']:.4f}",
                 f"{scores['segment_mean_iou']:.3f}",
@@ -55,6 +55,10 @@ def quality_table() -> str:
         "cosine of last states",
     )
     return _table(head, rows)
+
+
+def _vision(one: dict[str, Any]) -> str:
+    return "" if one["vision"] == one["precision"] else f", vision encoder in {one['vision']}"
 
 
 def speed_table() -> str:
@@ -112,9 +116,7 @@ def render() -> str:
     """All that stands between the markers."""
     return "\n\n".join(
         (
-            "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`). int4 is with "
-            "`--sensitivity 50`, a budget chosen on these scenes, with which it is no smaller than int8: plain int4 of "
-            "this small model is refused by the gate.",
+            "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`).",
             quality_table(),
             "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
             "of one interleaved run (`python -m benchmarks.peers.whole_model 3b --work FOLDER`). "

@@ -10,11 +10,10 @@ import pytest
 from benchmarks.peers.harness import summarise
 from benchmarks.peers.whole_model import describe_bundle
 from benchmarks.shapes.evaluate import evaluate
-from benchmarks.shapes.precisions import CHECKPOINT, find_losses, measure
+from benchmarks.shapes.precisions import BehindVision, find_losses, measure
+from benchmarks.shapes.scenes import make_scene
 from paliedge import PaliGemma
-from paliedge.errors import PrecisionError
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge_export.exporter import export_bundle
 
 NUM_SCENES = 40
 
@@ -28,20 +27,25 @@ def exact() -> float:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_boxes_are_kept(precision: str, exact: float, tmp_path: Path) -> None:
     """40 scenes say less than the 500 of the stored results, whose limits are 0.01 and 0.02."""
-    found = measure("cpu", precision, NUM_SCENES, tmp_path)
+    found = measure("cpu", precision, precision, NUM_SCENES, tmp_path)
     assert found["scores"]["detect_ap50"] > exact - 0.05
 
 
-def test_plain_int4_of_the_shapes_model_is_refused(tmp_path: Path) -> None:
-    """README says so; and what `precisions` does about it is its budget."""
-    with pytest.raises(PrecisionError, match="mean IoU of boxes"):
-        export_bundle(str(CHECKPOINT), tmp_path / "b", precision="int4")
+def test_a_decoder_is_measured_behind_another_vision_encoder(tmp_path: Path) -> None:
+    found, own = (measure("cpu", "int8", vision, 3, tmp_path) for vision in ("fp32", "int8"))
+    assert found["bundle_bytes"] > own["bundle_bytes"]
+    with PaliGemma.load(tmp_path / "cpu-int8") as model, PaliGemma.load(tmp_path / "cpu-fp32") as encoder:
+        image = make_scene(0).image
+        features = BehindVision(model, encoder).encode(image).features
+        assert (features == encoder.encode(image).features).all()
+        assert (features != model.encode(image).features).any()
 
 
 def one(target: str, precision: str, ap50: float, caption: float) -> dict[str, Any]:
     return {
         "target": target,
         "precision": precision,
+        "vision": precision,
         "scores": {"detect_ap50": ap50, "caption_exact_match": caption},
     }
 
@@ -54,8 +58,8 @@ def test_losses_are_found() -> None:
         one("jetpack6", "int8", 0.9, 0.57),
     ]
     assert [fault.split(" lost")[0] for fault in find_losses(exports)] == [
-        "cpu int4: detect_ap50",
-        "jetpack6 int8: caption_exact_match",
+        "cpu int4 behind int4 vision: detect_ap50",
+        "jetpack6 int8 behind int8 vision: caption_exact_match",
     ]
 
 

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 from benchmarks.shapes.calibration import FOLDER
-from benchmarks.shapes.precisions import INT4_BUDGET
 from benchmarks.shapes.scenes import CLASSES, HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
 from paliedge.bundle import Bundle
@@ -25,8 +24,7 @@ from tests.paths import SHAPES_CHECKPOINT
 
 
 def export(output: Path, vocabulary: str | None, precision: Precision = "fp32", target: str = "cpu") -> PaliGemma:
-    sensitivity = INT4_BUDGET if precision == "int4" else None
-    quantization = Quantization(head_vocabulary=vocabulary, sensitivity=sensitivity)
+    quantization = Quantization(head_vocabulary=vocabulary)
     export_bundle(
         str(SHAPES_CHECKPOINT),
         output,
