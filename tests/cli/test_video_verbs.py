@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Generator
@@ -142,18 +143,21 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("camera")
-def test_ctrl_c_ends_a_live_source_with_a_playable_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_live_source_with_a_playable_video(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode, calls = PaliGemma.encode, []
 
     def interrupt_at_the_fourth(*arguments: Any, **options: Any) -> object:
         calls.append(arguments)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return encode(*arguments, **options)
 
     monkeypatch.setattr(PaliGemma, "encode", interrupt_at_the_fourth)
     result = run("detect", "rtsp://me:secret@cam/door", LABELS, "--format", "json", "--save", tmp_path)
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert [row["source"].split("#")[0] for row in json.loads(result.stdout)] == ["cam/door"] * 3
     assert "frames were dropped because newer ones came" in result.stderr
     assert "interrupted" in result.stderr

@@ -5,13 +5,40 @@ Modules that load a model are imported by the verb that needs them, so that `--h
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
+from types import FrameType
 
 import click
 
 from paliedge.errors import OutputError, PaliEdgeError
 
 _INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, by which systemd and docker stop a run."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does: what was answered is kept, and videos are playable."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals can be given to
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 class _Verbs(click.Group):
@@ -32,7 +59,8 @@ class _Verbs(click.Group):
 
     def invoke(self, context: click.Context) -> object:
         try:
-            return super().invoke(context)
+            with _terminable():
+                return super().invoke(context)
         except PaliEdgeError as error:
             print_error(error)
             context.exit(error.exit_code)
@@ -47,9 +75,9 @@ class _Verbs(click.Group):
                 )
             )
             context.exit(OutputError.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.echo("interrupted", err=True)
-            context.exit(_INTERRUPTED)
+            context.exit(_TERMINATED if isinstance(error, _Terminated) else _INTERRUPTED)
 
 
 def print_error(error: PaliEdgeError, source: str | None = None) -> None:
