@@ -210,6 +210,22 @@ def _scaling() -> Iterator[str]:
         yield _table(head, rows)
 
 
+def _overlap() -> Iterator[str]:
+    found = _load("overlap.json")
+    if found:
+        yield "`--overlap` encodes the next picture while this one is answered, `python -m benchmarks.overlap BUNDLE`:"
+        rows = [
+            [
+                f"{one['checkpoint']}, {one['precision']}",
+                f"{1000 * one['seconds_a_picture']:.1f}",
+                f"{1000 * one['seconds_a_picture_overlapped']:.1f}",
+                "{:.2f} ({:.2f} to {:.2f})".format(one["speedup"], *one["speedup_range"]),
+            ]
+            for one in found["bundles"]
+        ]
+        yield _table(("bundle", "a picture, ms", "overlapped, ms", "times as many pictures"), rows)
+
+
 def _jetsons() -> Iterator[str]:
     found = _load("jetson_floors.json")
     if found:
@@ -246,7 +262,7 @@ def _boards() -> Iterator[str]:
         yield _table((*head, "answers as exported"), rows)
 
 
-_PARTS = (_ours, _peers, _decoders, _scaling, _jetsons, _boards)
+_PARTS = (_ours, _peers, _decoders, _scaling, _overlap, _jetsons, _boards)
 
 
 def _machine(record: Record) -> str:

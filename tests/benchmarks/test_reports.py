@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import bench_report
 from benchmarks.jetson_floors import floors
+from benchmarks.overlap import make_pictures, measure
 from benchmarks.scaling import flatness, growth, operations
 from paliedge.benching.record import write_record
 from paliedge.bundle import Bundle
@@ -30,6 +31,13 @@ def test_a_step_that_grows_with_the_answer_is_seen() -> None:
 def test_growth_beyond_the_operations_is_seen() -> None:
     found = growth({224: 1.0, 448: 4.0, 896: 40.0}, {224: 10, 448: 40, 896: 200})
     assert [one["over_flops"] for one in found] == [1.0, 1.0, 2.0]
+
+
+def test_overlap_is_measured_on_the_same_pictures() -> None:
+    found = measure(SHIPPED_BUNDLE, make_pictures(2, 64), 1, 4)
+    ratio = found["seconds_a_picture"] / found["seconds_a_picture_overlapped"]
+    assert found["speedup"] == pytest.approx(ratio, abs=0.01)
+    assert found["speedup_range"] == [found["speedup"]] * 2
 
 
 def test_operations_are_those_of_vision_and_prefill() -> None:

@@ -1,0 +1,93 @@
+"""Does it pay to encode the next picture while this one is answered?
+
+    python -m benchmarks.overlap [BUNDLE ...]
+
+The same pictures, as PNG files are, with and without `overlap`, in turns; the shipped bundle unless others are named.
+Where the operators of one answer keep every core busy there is nothing to gain; a model so small that it runs on one
+thread leaves a core free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.machine import describe_machine
+from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
+from paliedge import PaliGemma
+from paliedge.model import SHIPPED_BUNDLE
+
+PROMPT = "detect red circle ; blue square ; green star"
+
+
+def make_pictures(count: int, size: int) -> list[bytes]:
+    """Scenes as files of `size` x `size` pixels, as a camera's would be."""
+    files = []
+    for number in range(count):
+        stream = io.BytesIO()
+        Image.fromarray(make_scene(HELD_OUT_SEED + number).image).resize((size, size)).save(stream, "PNG")
+        files.append(stream.getvalue())
+    return files
+
+
+def time_answers(model: PaliGemma, pictures: Sequence[bytes], max_new_tokens: int, *, overlap: bool) -> float:
+    """Seconds a picture."""
+    started = time.perf_counter()
+    requests = ((picture, PROMPT) for picture in pictures)
+    for _ in model.generate_batch(requests, overlap=overlap, batch_size=1, max_new_tokens=max_new_tokens):
+        pass
+    return (time.perf_counter() - started) / len(pictures)
+
+
+def measure(bundle: Path, pictures: Sequence[bytes], rounds: int, max_new_tokens: int) -> dict[str, Any]:
+    """Medians over the rounds; `speedup` is that of overlap in each round, its median and its range."""
+    with PaliGemma.load(bundle) as model:
+        time_answers(model, pictures[:2], max_new_tokens, overlap=False)
+        pairs = [
+            [time_answers(model, pictures, max_new_tokens, overlap=overlap) for overlap in (False, True)]
+            for _ in range(rounds)
+        ]
+        target, checkpoint = model.manifest.targets["cpu"], model.manifest.producer.checkpoint
+    ratios = [plain / overlapped for plain, overlapped in pairs]
+    plain, overlapped = (statistics.median(values) for values in zip(*pairs, strict=True))
+    return {
+        "checkpoint": checkpoint,
+        "precision": target.precision,
+        "pictures": len(pictures),
+        "rounds": rounds,
+        "max_new_tokens": max_new_tokens,
+        "seconds_a_picture": round(plain, 5),
+        "seconds_a_picture_overlapped": round(overlapped, 5),
+        "speedup": round(statistics.median(ratios), 3),
+        "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", type=Path, nargs="*", default=[SHIPPED_BUNDLE])
+    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--size", type=int, default=640, help="of the pictures, in pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/overlap.json"))
+    arguments = parser.parse_args()
+    pictures = make_pictures(arguments.pictures, arguments.size)
+    load = os.getloadavg()[0]
+    found = [measure(bundle, pictures, arguments.rounds, arguments.max_new_tokens) for bundle in arguments.bundles]
+    content = {"machine": describe_machine(), "load_average_before": load, "bundles": found}
+    arguments.results.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    main()
