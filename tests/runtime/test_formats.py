@@ -111,6 +111,25 @@ def test_yolo_writes_a_file_a_picture_and_the_classes(tmp_path: Path) -> None:
     assert (folder / "two, three.txt").read_text() == ""
 
 
+@pytest.mark.filterwarnings("ignore:OpenCV")  # supervision does without, and says so
+def test_another_reader_finds_the_masks_in_yolo_files(tmp_path: Path) -> None:
+    from supervision import DetectionDataset
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (200, 100)).save(tmp_path / "images" / "one.png")
+    found = answer(masked("cat", (20, 10, 60, 30)), masked("dog", (100, 20, 180, 60)))
+    written("yolo", found, folder=tmp_path / "labels")
+    names = (tmp_path / "labels" / "classes.txt").read_text().split()
+    (tmp_path / "data.yaml").write_text(f"names: {names}")
+    images, labels, classes = (str(tmp_path / name) for name in ("images", "labels", "data.yaml"))
+    dataset = DetectionDataset.from_yolo(images, labels, classes, force_masks=True)
+    read: Any = next(iter(dataset))[2]
+    assert [dataset.classes[kind] for kind in read.class_id] == ["cat", "dog"]
+    assert found.masks is not None
+    for mask, expected in zip(read.mask, found.masks.data, strict=True):
+        assert (mask & expected).sum() > 0.9 * (mask | expected).sum()
+
+
 def test_yolo_segments_are_the_class_and_the_outline(tmp_path: Path) -> None:
     written("yolo", answer(masked("cat", (0, 0, 200, 100))), folder=tmp_path)
     kind, *numbers = (tmp_path / "one.txt").read_text().split()
