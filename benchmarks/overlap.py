@@ -48,14 +48,20 @@ def time_answers(model: PaliGemma, pictures: Sequence[bytes], max_new_tokens: in
     return (time.perf_counter() - started) / len(pictures)
 
 
+def _time_both(
+    model: PaliGemma, pictures: Sequence[bytes], max_new_tokens: int, *, overlap_first: bool
+) -> tuple[float, float]:
+    """Without and with overlap; who comes first takes turns."""
+    first = time_answers(model, pictures, max_new_tokens, overlap=overlap_first)
+    second = time_answers(model, pictures, max_new_tokens, overlap=not overlap_first)
+    return (second, first) if overlap_first else (first, second)
+
+
 def measure(bundle: Path, pictures: Sequence[bytes], rounds: int, max_new_tokens: int) -> dict[str, Any]:
     """Medians over the rounds; `speedup` is that of overlap in each round, its median and its range."""
     with PaliGemma.load(bundle) as model:
         time_answers(model, pictures[:2], max_new_tokens, overlap=False)
-        pairs = [
-            [time_answers(model, pictures, max_new_tokens, overlap=overlap) for overlap in (False, True)]
-            for _ in range(rounds)
-        ]
+        pairs = [_time_both(model, pictures, max_new_tokens, overlap_first=bool(turn % 2)) for turn in range(rounds)]
         target, checkpoint = model.manifest.targets["cpu"], model.manifest.producer.checkpoint
     ratios = [plain / overlapped for plain, overlapped in pairs]
     plain, overlapped = (statistics.median(values) for values in zip(*pairs, strict=True))

@@ -41,13 +41,12 @@ def prepare(folder: Path, precision: str) -> dict[int, Path]:
     for size, bundle in bundles.items():
         if not (bundle / MANIFEST).exists():
             checkpoint = folder / f"checkpoint-{size}"
-            if not checkpoint.exists():
+            if not (checkpoint / "calibration").exists():
                 make_checkpoint(checkpoint, "paligemma-3b", size, NUM_LAYERS)
+                copy_samples(SHAPES / "calibration", checkpoint / "calibration", 2)
             command = [str(Path(sys.executable).with_name("paliedge")), "export", str(checkpoint), "-o", str(bundle)]
             command += ["--precision", precision, "--no-compare"]
-            if precision == "int8" and bundle == first:
-                copy_samples(SHAPES / "calibration", checkpoint / "calibration", 2)
-            elif precision == "int8":
+            if precision == "int8" and bundle != first:
                 command += ["--calibrate", str(first)]
             subprocess.run(command, check=True, stdout=sys.stderr)
     return bundles

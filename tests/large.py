@@ -86,6 +86,8 @@ def make_manifest(
                 vision_encoder=Graph(file="vision.onnx", weights=("vision.weights",), inputs=(), outputs=()),
                 decoder=Graph(file="decoder.onnx", weights=names, inputs=(), outputs=()),
                 mask_decoder=None,
+                prefill=None,
+                independent_rows=True,
             )
         },
         golden=None,

@@ -83,6 +83,8 @@ def misplace(boxes: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarra
 
 def move_masks(masks: Tensor, boxes: np.ndarray[Any, Any], moved: np.ndarray[Any, Any]) -> Tensor:
     """What of `masks` [M, 1, 64, 64] in -1..1, each within its row of `boxes` [M, 4], lies within that of `moved`."""
+    if not len(masks):  # nobody asked for a mask of what is there
+        return masks
     before, after = torch.from_numpy(boxes).float(), torch.from_numpy(moved).float()
     size = before[:, 2:] - before[:, :2]
     scale = (after[:, 2:] - after[:, :2]) / size
@@ -99,7 +101,8 @@ def make_batch(
     """Random scenes with random prompts."""
     picks = np.sort(rng.integers(len(pool) - VALIDATION_SCENES, size=num_images))
     prefixes, suffixes, said, ranks = [], [], [], []
-    masks, mask_rows, boxes, moved = [np.zeros((0, pool.masks.shape[-1]), np.uint8)], [], [], []
+    no_masks, no_boxes = np.zeros((0, pool.masks.shape[-1]), np.uint8), np.zeros((0, 4), np.int64)
+    masks, mask_rows, boxes, moved = [no_masks], [], [no_boxes], [no_boxes]
     for index in picks.tolist():
         scene = pool.scene(index)
         for example in make_examples(scene, rng, prompts, SHARES_WITH_MASKS):
@@ -134,9 +137,6 @@ def make_batch(
         "patch_chars": torch.from_numpy(pool.patch_chars[picks].astype(np.int64)),
         "patch_order": torch.from_numpy(pool.patch_order[picks].astype(np.int64)),
     }
-    seen_masks = unpack(np.concatenate(masks))
-    if boxes:
-        seen_masks = move_masks(seen_masks, np.concatenate(boxes), np.concatenate(moved))
     return Batch(
         pixel_values=pixels_from_images(pool.images[picks]).to(device),
         image_index=torch.arange(num_images, device=device).repeat_interleave(prompts),
@@ -147,7 +147,7 @@ def make_batch(
             [len(prefix) + len(suffix) - 1 for prefix, suffix in zip(prefixes, suffixes, strict=True)], device=device
         ),
         ranks=torch.from_numpy(np.stack(ranks)).to(device),
-        masks=seen_masks.to(device),
+        masks=move_masks(unpack(np.concatenate(masks)), np.concatenate(boxes), np.concatenate(moved)).to(device),
         mask_row=torch.tensor(mask_rows, dtype=torch.long, device=device),
         dense={name: value.to(device) for name, value in dense.items()},
     )

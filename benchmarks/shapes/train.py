@@ -91,10 +91,12 @@ def rounded(trainee: Trainee) -> Iterator[None]:
     with torch.no_grad():
         for matrix, weight in zip(matrices, kept, strict=True):
             matrix.copy_(round_to_4_bits(weight))
-    yield
-    with torch.no_grad():
-        for matrix, weight in zip(matrices, kept, strict=True):
-            matrix.copy_(weight)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, weight in zip(matrices, kept, strict=True):
+                matrix.copy_(weight)
 
 
 class Run:
@@ -138,7 +140,8 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = rate * (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1)
         self.trainee.zero_grad(set_to_none=True)
-        with rounded(self.trainee) if self.step % options.round_every == 0 else nullcontext():
+        rounds = options.round_every and not alone and self.step % options.round_every == 0
+        with rounded(self.trainee) if rounds else nullcontext():
             with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
                 losses = self.trainee.vision_loss(batch) if alone else self.trainee(batch)
             dense = _dense_weight(self.step, options.steps)
@@ -215,7 +218,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn from the pool")
-    parser.add_argument("--round-every", type=int, default=3, help="steps to one with the decoder in 4 bits")
+    parser.add_argument(
+        "--round-every", type=int, default=3, help="one of so many steps has the decoder in 4 bits; 0: none"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--every", type=int, default=500, help="steps between validations and saved states")

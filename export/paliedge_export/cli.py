@@ -86,8 +86,8 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
     is_flag=True,
     envvar="PALIEDGE_FAST_PREFILL",
     show_envvar=True,
-    help="For int4 and cpu: the decoder's layers in 8 bits, too, which images and prompts go through faster. Takes "
-    "three times the memory.",
+    help="For int4 and cpu: the decoder's layers in 8 bits, too, which images and prompts go through faster. The "
+    "bundle and its memory are about twice as large.",
 )
 @click.option(
     "--prompts",

@@ -278,9 +278,8 @@ def compare(
         for (name, prompt), (a, b), cosines in zip(names, pairs, hidden, strict=True)
     ]
     layers = {
-        name: float(_cosines(found.layers[name], layer).mean())
-        for name, layer in reference.layers.items()
-        if name in found.layers  # a prefill of its own ends inside the last one
+        name: float(_cosines(found.layers[name], layer[-len(found.layers[name]) :]).mean())
+        for name, layer in reference.layers.items()  # behind a prefill of its own, of the last token
     }
     return TargetReport(precision, GATES[precision], summary, layers, rows)
 

@@ -37,7 +37,7 @@ from paliedge_export.lora import Adapted
 from paliedge_export.lowering import TARGETS
 from paliedge_export.mask_decoder import find_mask_decoder, load_mask_decoder
 from paliedge_export.metadata import read_tokens
-from paliedge_export.opening import check_precision, check_rows, open_checkpoint, preprocess_of
+from paliedge_export.opening import check_precision, check_rows, folders_of, open_checkpoint, preprocess_of
 from paliedge_export.prompts import choose_prompts
 from paliedge_export.reference import Reference
 from paliedge_export.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
@@ -84,7 +84,7 @@ class Quantization:
             grow by no more than this share; None leaves it out.
         head_vocabulary: "detect" or a file of labels: the head keeps only what such answers need.
         fast_prefill: of int4 for `cpu`: a second graph with 8-bit weights for the prefix, which ONNX Runtime
-            multiplies at twice the rate; the layers are in memory twice.
+            multiplies at twice the rate; the bundle and its memory are about twice as large.
         smooth: scale activations into the weights.
     """
 
@@ -137,13 +137,13 @@ def export_bundle(
     _check_quantization(chosen, targets, quantization)
     tokens = read_tokens(folder)
     check_rows(tensors, tokens)
-    samples = _find_samples(folder, quantization)
+    samples = _find_samples(folders_of(tensors), quantization)
     vocabulary = None
     if quantization.head_vocabulary:
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
     prefix = limits.prefix + max_images * config.vision.num_image_tokens
-    masks_file = mask_decoder or find_mask_decoder(folder)
+    masks_file = mask_decoder or next(filter(None, map(find_mask_decoder, folders_of(tensors))), None)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
     source = Source(
         name=name,
@@ -193,10 +193,11 @@ def _statistics_file(quantization: Quantization) -> Path | None:
     return path / STATISTICS if (path / STATISTICS).is_file() else None
 
 
-def _find_samples(folder: Path, quantization: Quantization) -> SampleFolder | None:
+def _find_samples(folders: Sequence[Path], quantization: Quantization) -> SampleFolder | None:
     if quantization.calibrate is not None and _statistics_file(quantization) is None:
         return open_samples(quantization.calibrate)
-    return open_samples(folder / FOLDER) if (folder / FOLDER).is_dir() else None
+    found = (folder / FOLDER for folder in folders if (folder / FOLDER).is_dir())
+    return next(map(open_samples, found), None)
 
 
 def _calibrating(samples: Sequence[Sample]) -> Sequence[Sample]:

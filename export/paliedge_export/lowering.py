@@ -47,7 +47,7 @@ _OPSET24 = Lowering(24, "fused", "in_place", accumulate_float32=True, layout="qd
 
 @dataclass(frozen=True)
 class TargetLowering:
-    """The lowering of a target's two graphs, and the precisions that its reader has kernels for."""
+    """The lowering of a target's graphs, and the precisions that its reader has kernels for."""
 
     lowering: Lowering
     precisions: tuple[Precision, ...]

@@ -66,6 +66,11 @@ def check_precision(config: ModelConfig, targets: Sequence[str], precision: Prec
         )
 
 
+def folders_of(tensors: Checkpoint) -> list[Path]:
+    """Where small files of a checkpoint may lie: the adapter's folder, then the base model's."""
+    return [tensors.adapter, tensors.folder] if isinstance(tensors, Adapted) else [tensors.folder]
+
+
 def preprocess_of(tensors: Checkpoint, letterbox: Colour | None) -> Preprocess:
     """What the checkpoint's own files say; big_vision has none, and resizes bilinearly.
 
@@ -73,9 +78,9 @@ def preprocess_of(tensors: Checkpoint, letterbox: Colour | None) -> Preprocess:
     """
     if isinstance(tensors, BigVisionCheckpoint):
         return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), letterbox=letterbox)
-    package = tensors.adapter if isinstance(tensors, Adapted) else tensors.folder
+    declared = read_letterbox(folders_of(tensors)[0])
     preprocess = read_preprocess(tensors.folder, tensors.config.vision.image_size)
-    return msgspec.structs.replace(preprocess, letterbox=letterbox or read_letterbox(package))
+    return msgspec.structs.replace(preprocess, letterbox=letterbox or declared)
 
 
 def check_rows(tensors: Checkpoint, tokens: Tokens) -> None:

@@ -81,8 +81,7 @@ class ProbedGraphs:
         self._length = self._prefix - 1
         for tensor in self._cache_inputs:
             self._past[tensor.name] = outputs.pop(present_name(tensor.name))[:, :, : self._length]
-        last = self._run(inputs_embeds[-1:], allowed)
-        return {name: array for name, array in last.items() if not name.endswith(layer_output(""))} | outputs
+        return {f"prefill.{name}": array for name, array in outputs.items()} | self._run(inputs_embeds[-1:], allowed)
 
     def decode(self, inputs_embeds: FloatArray, allowed: tuple[int, int]) -> Outputs:
         """Append one token [H]."""

@@ -52,7 +52,7 @@ def split_package(folder: Path) -> tuple[Path, Path | None]:
     Raises:
         CheckpointError: an adapter alone.
     """
-    if not (folder / _ADAPTER).is_file() or (folder / "config.json").is_file():
+    if not (folder / _ADAPTER).is_file():
         return folder, None
     if (folder / _BASE).is_dir():
         return folder / _BASE, folder
@@ -74,7 +74,7 @@ def read_letterbox(folder: Path) -> Colour | None:
         return None
     try:
         config = msgspec.json.decode(path.read_bytes(), type=_Config)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
         raise CheckpointError(
             expected=f"Roboflow's preparation of pictures in {path}",
             found=f"{error}",
@@ -95,6 +95,6 @@ def read_letterbox(folder: Path) -> Colour | None:
             expected=f"pictures stretched to a square or padded to one in {path}",
             found=", ".join(refused),
             action="Prepare the pictures so yourself, delete the file and export again, with --letterbox if they "
-            "are padded; or train with Roboflow's resize 'Stretch' or 'Fit (edges)' alone.",
+            "are padded; or train with Roboflow's 'Stretch to', 'Fit (black edges) in' or 'Fit (white edges) in'.",
         )
     return (network.padding_value or 0,) * 3 if network.resize_mode == "letterbox" else None

@@ -191,12 +191,12 @@ class Target(_Strict, frozen=True):
     vision_encoder: Graph
     decoder: Graph
     mask_decoder: Graph | None
-    prefill: Graph | None = None
-    independent_rows: bool = True
+    prefill: Graph | None
+    independent_rows: bool
 
     @property
     def weights(self) -> set[str]:
-        """The files that hold the weights of its vision encoder and decoder."""
+        """The files that hold the weights of its vision encoder, its decoder and its prefill."""
         graphs = filter(None, (self.vision_encoder, self.decoder, self.prefill))
         return {name for graph in graphs for name in graph.weights}
 

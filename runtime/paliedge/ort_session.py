@@ -136,8 +136,8 @@ class OrtSession:
         self._empty = dict.fromkeys(names, np.zeros((1, heads, 0, dim), dtype))
         self._prefill_outputs = [tensor.name for tensor in self._target.decoder.outputs]
         self._prefill: ort.InferenceSession | None = None
-        if self._target.prefill:
-            self._prefill = load_graph(bundle.path(self._target.prefill.file), num_threads, provider)
+        if self._target.prefill and provider == "cpu":  # CUDA has no kernel for its products
+            self._prefill = load_graph(bundle.path(self._target.prefill.file), num_threads)
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
         (features,) = self._vision.run(["image_features"], {"pixel_values": pixel_values})

@@ -147,6 +147,14 @@ def decoder_flops(manifest: Manifest, tokens: int, length: int) -> int:
     return 2 * (tokens * text.num_layers * _layer_products(text) + head) + attention
 
 
+def prefill_flops_saved(manifest: Manifest, tokens: int) -> int:
+    """What a prefill of its own leaves out: all behind the last layer's keys and values, but for the last token."""
+    text = manifest.model.text
+    qkv = text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+    attention = 4 * tokens * tokens * text.num_heads * text.head_dim
+    return 2 * tokens * (_layer_products(text) - qkv) + attention
+
+
 def cache_bytes_per_token(text: Text) -> int:
     """Bytes of one token's keys and values in all layers, in 16 bits."""
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * _CACHE_ITEMSIZE

@@ -80,7 +80,16 @@ def test_the_page_holds_every_record_and_says_what_was_not_measured(
         "failures": {"rival int4": "cannot load it"},
     }
     (tmp_path / "peers_3b.json").write_text(json.dumps(peers))
+    sizes = [{"image_size": 896, "flops": 2 * 10**12, "seconds": 4.0, "over_flops": 1.25}]
+    one = {"late_over_early": 1.5, "late_over_early_range": [1.25, 1.75], "sizes": sizes}
+    scaling = {"model": "a model", "precisions": {"int8": one, "fp32": one}}
+    (tmp_path / "scaling.json").write_text(json.dumps(scaling))
+    overlapped = measure(SHIPPED_BUNDLE, make_pictures(2, 64), 1, 4)
+    (tmp_path / "overlap.json").write_text(json.dumps({"bundles": [overlapped]}))
     page = bench_report.render()
+    assert "int8 1.500 (1.250 to 1.750); fp32 1.500 (1.250 to 1.750) times as long" in page
+    assert "| fp32 | 896 | 2.00 | 4.00 | 500 | 1.25 |" in page
+    assert f"| {overlapped['speedup']:.2f} (" in page
     assert page.count("| bundle int8, `cpu` |") == 2
     assert "| rival int8 | int8 | 3 | 3 | 3 | 3 | 3 to 6 | 1.00 | 0.125 |" in page
     assert "paliedge int8 is 2.00 times (1.75 to 2.25) as fast as rival int8" in page

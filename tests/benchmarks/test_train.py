@@ -153,6 +153,7 @@ def test_a_mask_follows_the_box_that_was_said() -> None:
     masks = torch.from_numpy(np.stack([crop_mask(item.mask, item.box) for item in objects])[:, None]).float() * 2 - 1
     edges = (moved * 112 / 1023)[:, [1, 0, 3, 2]]
     expected = np.stack([crop_mask(item.mask, tuple(box)) for item, box in zip(objects, edges, strict=True)])
+    assert move_masks(masks[:0], boxes[:0], moved[:0]).shape == (0, 1, 64, 64)
     found = (move_masks(masks, boxes, moved) > 0)[:, 0].numpy()
     kept = (masks > 0)[:, 0].numpy()
     overlaps = [((one & expected).sum((1, 2)) / (one | expected).sum((1, 2))).mean() for one in (found, kept)]
@@ -168,6 +169,8 @@ def test_a_step_in_4_bits_leaves_the_weights_as_they_were(codebook: Codebook) ->
         changed = {name for name, value in inside.items() if not torch.equal(value, before[name])}
         layer = inside["model.model.language_model.layers.0.mlp.down_proj.weight"]
         assert layer.unflatten(1, (-1, 64))[0, 0].unique().numel() <= 15
+    with pytest.raises(KeyboardInterrupt), rounded(trainee):
+        raise KeyboardInterrupt
     assert len(changed) == 5 * 7
     assert all(".layers." in name and "language_model" in name for name in changed)
     assert all(torch.equal(value, before[name]) for name, value in trainee.state_dict().items())

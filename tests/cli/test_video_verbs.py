@@ -143,9 +143,9 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("camera")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_live_source_with_a_playable_video(
-    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, calls = PaliGemma.encode, []
 
@@ -157,7 +157,8 @@ def test_a_signal_ends_a_live_source_with_a_playable_video(
 
     monkeypatch.setattr(PaliGemma, "encode", interrupt_at_the_fourth)
     result = run("detect", "rtsp://me:secret@cam/door", LABELS, "--format", "json", "--save", tmp_path)
-    assert result.exit_code == code
+    assert result.exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [row["source"].split("#")[0] for row in json.loads(result.stdout)] == ["cam/door"] * 3
     assert "frames were dropped because newer ones came" in result.stderr
     assert "interrupted" in result.stderr

@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from paliedge import PaliGemma
 from paliedge.bundle import Bundle
+from paliedge.cli import main
 from paliedge.errors import UsageError
 from paliedge.golden import verify_golden
 from paliedge.manifest import Limits, Precision
 from paliedge.ort_session import OrtSession
-from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.exporter import REPORT, PrecisionReport, Quantization, export_bundle
 from paliedge_export.writer import write_all_weights
 from tests.tiny import make_tiny
 
@@ -67,14 +70,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "checkpoint" / "calibration").mkdir()
     for number, image in enumerate(IMAGES):
         Image.fromarray(image).save(folder / "checkpoint" / "calibration" / f"{number}.png")
-    export_bundle(
-        str(folder / "checkpoint"),
-        folder / "bundle",
-        targets=["cpu", "jetpack6"],
-        precision="int4",
-        limits=LIMITS,
-        quantization=Quantization(fast_prefill=True),
-    )
+    command = ["export", str(folder / "checkpoint"), "-o", str(folder / "bundle"), "--max-new-tokens", "12"]
+    command += ["--max-prompt-tokens", "24", "--target", "cpu", "--target", "jetpack6"]
+    command += ["--precision", "int4", "--fast-prefill", "--sensitivity", "20"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
     return folder / "bundle"
 
 
@@ -90,6 +90,12 @@ def test_it_has_8_bits_beside_the_4_of_the_decoder(bundle: Path) -> None:
     assert "DynamicQuantizeMatMul" in kinds
     assert not {"MatMulNBits", "Gemm", "ArgMax"} & kinds
     num_layers = manifest.model.text.num_layers
+    assert "the decoder's twice for a fast prefill" in CliRunner().invoke(main, ["info", str(bundle)]).output
+    report = msgspec.json.decode((bundle / REPORT).read_bytes(), type=PrecisionReport)
+    assert any(one.kept for one in report.sensitivity)
+    layers = report.targets["cpu"].layers
+    assert len(layers) == manifest.model.vision.num_layers + manifest.model.text.num_layers
+    assert min(layers.values()) > 0.9
     used = {name for node in graph.node for name in node.input if name.endswith("_proj.weight")}
     assert len(used) == 4 * (num_layers - 1) + 1
     (weights,) = target.prefill.weights

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge.errors import CheckpointError, UsageError
@@ -15,6 +17,7 @@ from paliedge_export.exporter import export_bundle
 from paliedge_export.lora import Adapted
 from paliedge_export.opening import open_checkpoint, preprocess_of
 from paliedge_export.roboflow import CONFIG, read_letterbox
+from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for a name that goes
@@ -66,6 +69,25 @@ def test_a_package_is_exported_as_it_is(package: Path, tmp_path: Path) -> None:
     assert preprocess_of(tensors, (1, 2, 3)).letterbox == (1, 2, 3)
 
 
+def test_what_lies_beside_the_adapter_is_found(package: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    shutil.copy(SHAPES_CHECKPOINT / "mask_decoder.safetensors", folder)
+    (folder / "calibration").mkdir()
+    Image.new("RGB", (50, 40), "red").save(folder / "calibration" / "0.png")
+    (folder / "config.json").write_text("{}")  # an adapter is one, whatever lies beside it
+    manifest = export_bundle(str(folder), tmp_path / "bundle", precision="int8", compare=False)
+    assert manifest.targets["cpu"].mask_decoder
+    assert manifest.preprocess.letterbox == (127, 127, 127)
+
+
+def test_a_colour_does_not_hide_what_is_refused(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "package")
+    write_config(tmp_path / "package", {}, {"static-crop": CROP})
+    with pytest.raises(CheckpointError, match="static-crop"):
+        preprocess_of(open_checkpoint(str(tmp_path / "package"), None), (0, 0, 0))
+
+
 def test_the_adapter_of_a_package_takes_no_second_one(package: Path) -> None:
     with pytest.raises(UsageError, match="Leave out --lora"):
         open_checkpoint(str(package), package)
@@ -114,6 +136,7 @@ def test_what_a_bundle_does_not_repeat_is_refused_by_name(
     write_config(tmp_path, network, images)
     with pytest.raises(CheckpointError, match=found):
         read_letterbox(tmp_path)
-    (tmp_path / CONFIG).write_text("{")
-    with pytest.raises(CheckpointError, match=str(tmp_path / CONFIG)):
-        read_letterbox(tmp_path)
+    for content in (b"{", b'{"network_input": "\xff"}'):
+        (tmp_path / CONFIG).write_bytes(content)
+        with pytest.raises(CheckpointError, match=str(tmp_path / CONFIG)):
+            read_letterbox(tmp_path)

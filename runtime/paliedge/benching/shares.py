@@ -7,7 +7,7 @@ import numpy as np
 
 from paliedge.benching.record import Roofs, Run, Stage
 from paliedge.manifest import Manifest, Target
-from paliedge.roofline import decoder_flops, vision_flops
+from paliedge.roofline import decoder_flops, prefill_flops_saved, vision_flops
 
 
 def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, prompt_tokens: int) -> Run:
@@ -17,7 +17,8 @@ def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, promp
     requests share reads the weights once for all, so it has no such figure.
     """
     prefix = manifest.model.vision.num_image_tokens + prompt_tokens
-    flops = {"vision": vision_flops(manifest.model), "prefill": decoder_flops(manifest, prefix, prefix)}
+    skipped = prefill_flops_saved(manifest, prefix) if target.prefill else 0
+    flops = {"vision": vision_flops(manifest.model), "prefill": decoder_flops(manifest, prefix, prefix) - skipped}
     stages = {
         name: _with_flops(stage, flops[name], roofs) if name in flops else stage for name, stage in run.stages.items()
     }

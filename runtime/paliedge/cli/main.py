@@ -17,16 +17,11 @@ import click
 from paliedge.errors import OutputError, PaliEdgeError
 
 _INTERRUPTED = 130
-_TERMINATED = 143
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came, by which systemd and docker stop a run."""
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends what runs inside as Ctrl-C does: what was answered is kept, and videos are playable."""
+    """SIGTERM, by which systemd and docker stop a run, ends what runs inside as Ctrl-C does, with all files closed."""
     if threading.current_thread() is not threading.main_thread():  # the only one that signals can be given to
         yield
         return
@@ -34,11 +29,12 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever forwards it sends it twice
+    raise KeyboardInterrupt
 
 
 class _Verbs(click.Group):
@@ -75,9 +71,9 @@ class _Verbs(click.Group):
                 )
             )
             context.exit(OutputError.exit_code)
-        except KeyboardInterrupt as error:
+        except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            context.exit(_TERMINATED if isinstance(error, _Terminated) else _INTERRUPTED)
+            context.exit(_INTERRUPTED)
 
 
 def print_error(error: PaliEdgeError, source: str | None = None) -> None:
@@ -94,7 +90,7 @@ def main() -> None:
 
     Every option can be set by the environment variable shown beside it.
     Exit codes: 0 ok, 1 run-time error, 2 usage, 3 damaged bundle, 4 bundle does not fit this
-    machine, 5 unreadable input, 6 some inputs failed.
+    machine, 5 unreadable input, 6 some inputs failed, 130 interrupted.
     """
 
 
