@@ -34,7 +34,7 @@ def quality_table() -> str:
         scores, gate = one["scores"], one["gate"]
         rows.append(
             [
-                f"{one['precision']}, `{one['target']}`" + _vision(one),
+                f"{_variant(one)}, `{one['target']}`",
                 f"{one['bundle_bytes'] / 1e6:.1f}",
                 f"{scores['detect_ap50']:.4f}",
                 f"{scores['segment_mean_iou']:.3f}",
@@ -57,8 +57,10 @@ def quality_table() -> str:
     return _table(head, rows)
 
 
-def _vision(one: dict[str, Any]) -> str:
-    return "" if one["vision"] == one["precision"] else f", vision encoder in {one['vision']}"
+def _variant(one: dict[str, Any]) -> str:
+    budget = f" with `--sensitivity {100 * one['sensitivity']:.0f}`" if one["sensitivity"] else ""
+    vision = f" behind {one['vision']}'s vision encoder" if one["vision"] != one["precision"] else ""
+    return one["precision"] + budget + vision
 
 
 def speed_table() -> str:
