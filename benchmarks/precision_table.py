@@ -60,7 +60,7 @@ def quality_table() -> str:
 def _variant(one: dict[str, Any]) -> str:
     budget = f" with `--sensitivity {100 * one['sensitivity']:.0f}`" if one["sensitivity"] else ""
     vision = f" behind {one['vision']}'s vision encoder" if one["vision"] != one["precision"] else ""
-    return one["precision"] + budget + vision
+    return f"{one['precision']}{budget}{vision}"
 
 
 def speed_table() -> str:

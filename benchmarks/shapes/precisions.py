@@ -120,9 +120,8 @@ def find_losses(exports: list[dict[str, Any]]) -> list[str]:
         for name, limit in allowed.items():
             lost = exact[name] - one["scores"][name]
             if lost > limit:
-                faults.append(
-                    f"{one['target']} {one['precision']} {one['sensitivity']}: {name} lost {lost:.4f}, more than {limit}"
-                )
+                who = f"{one['target']} {one['precision']} {one['sensitivity']}"
+                faults.append(f"{who}: {name} lost {lost:.4f}, more than {limit}")
     return faults
 
 
