@@ -142,7 +142,15 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "read_stream", read)
 
 
-@pytest.mark.usefixtures("camera")
+@pytest.fixture
+def interruptible() -> Generator[None, None, None]:
+    """A job in a script's background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("camera", "interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_live_source_with_a_playable_video(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
