@@ -39,7 +39,7 @@ TEXT_FORMATS = ("json", "jsonl", "csv")
 FOLDER_FORMATS = ("yolo", "labelme")
 """Those that make a file a picture."""
 Emit: TypeAlias = Callable[[str], object]
-CSV_COLUMNS = ("file", "label", "x1", "y1", "x2", "y2", "confidence", "text")
+CSV_COLUMNS = ("file", "time_s", "label", "x1", "y1", "x2", "y2", "confidence", "text")
 _LABELME_VERSION = "5.5.0"
 
 
@@ -52,8 +52,13 @@ class Writer:
 
     tells_errors = False
 
-    def add(self, source: Path, result: Generation) -> None:
-        """One answer; `source` is the picture's path.
+    def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
+        """One answer.
+
+        Args:
+            source: the picture's path.
+            result: its answer.
+            time_s: of a film's frame, seconds since the first; formats for text have a place for it.
 
         Raises:
             OutputError: a file cannot be written; the other pictures are none the worse.
@@ -119,15 +124,16 @@ def require_polygons() -> None:
 
 
 class JsonLinesWriter(Writer):
-    """An object a line and picture: `source` with what `Generation.to_dict` gives, or with an `error`."""
+    """An object a line and picture: `source`, a frame's `time_s`, and what `Generation.to_dict` gives or an `error`."""
 
     tells_errors = True
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
 
-    def add(self, source: Path, result: Generation) -> None:
-        self._write({"source": str(source), **result.to_dict()})
+    def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
+        time = {} if time_s is None else {"time_s": round(time_s, 3)}
+        self._write({"source": str(source), **time, **result.to_dict()})
 
     def fail(self, source: Path, error: PaliEdgeError) -> None:
         parts = {"expected": error.expected, "found": error.found, "action": error.action}
@@ -160,11 +166,12 @@ class CsvWriter(Writer):
         self._emit = emit
         self._is_empty = True
 
-    def add(self, source: Path, result: Generation) -> None:
+    def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
+        picture = (source, "" if time_s is None else round(time_s, 3))
         rows: list[Sequence[object]] = [
-            (source, item.label, *(round(edge, 2) for edge in item.box), round(item.confidence, 5), "")
+            (*picture, item.label, *(round(edge, 2) for edge in item.box), round(item.confidence, 5), "")
             for item in result.detections
-        ] or [(source, *[""] * 6, result.text)]
+        ] or [(*picture, *[""] * 6, result.text)]
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([CSV_COLUMNS, *rows] if self._is_empty else rows)
         self._emit(table.getvalue())
@@ -202,7 +209,7 @@ class CocoWriter(Writer):
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
 
-    def add(self, source: Path, result: Generation) -> None:
+    def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
         width, height = result.image_wh
         image = len(self._images) + 1
         self._images.append({"id": image, "file_name": str(source), "width": width, "height": height})
@@ -264,7 +271,7 @@ class YoloWriter(_FolderWriter):
         self._classes = _Classes(labels)
         self._is_empty = True
 
-    def add(self, source: Path, result: Generation) -> None:
+    def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
         kinds = [self._classes(item.label) for item in result.detections]
         lines = yolo_lines(result.detections, kinds, result.image_wh, with_confidence=True)
         _write_text(self._free_path(source), lines)
@@ -284,7 +291,7 @@ class LabelmeWriter(_FolderWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, ".json")
 
-    def add(self, source: Path, result: Generation) -> None:
+    def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
         width, height = result.image_wh
         content: dict[str, Any] = {
             "version": _LABELME_VERSION,

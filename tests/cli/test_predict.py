@@ -202,7 +202,7 @@ def test_json_is_short_for_format_jsonl() -> None:
     assert both.exit_code == 2
     assert "one format" in both.stderr
     assert run("detect", SCENE, LABELS, "--json", "--format", "jsonl").exit_code == 0
-    assert run("detect", SCENE, LABELS, env={"PALIEDGE_FORMAT": "csv"}).stdout.startswith("file,label,")
+    assert run("detect", SCENE, LABELS, env={"PALIEDGE_FORMAT": "csv"}).stdout.startswith("file,time_s,label,")
 
 
 def test_one_json_array_holds_all_pictures_and_errors(pictures: Path) -> None:

@@ -55,6 +55,7 @@ def test_detect_on_a_video_answers_every_frame_and_saves_an_annotated_one(video:
     rows = rows_of(result)
     assert result.exit_code == 0
     assert [row["source"] for row in rows] == [f"{video}#{number}" for number in range(5)]
+    assert [row["time_s"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     assert sum(len(row["detections"]) for row in rows) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["scenes.mp4"]
     assert f"saved {tmp_path / 'scenes.mp4'}" in result.stderr

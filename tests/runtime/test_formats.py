@@ -57,9 +57,20 @@ def test_json_lines_and_the_array_have_the_same_objects() -> None:
 def test_csv_has_a_row_a_box_and_one_for_a_text() -> None:
     rows = list(csv.DictReader(io.StringIO(written("csv", answer(CAT, DOG), answer(text='a "cat",\na dog')))))
     assert [row["file"] for row in rows] == [str(ONE), str(ONE), str(TWO)]
-    assert list(rows[0].values())[1:] == ["cat", "20", "10", "60", "30", "0.9", ""]
-    assert list(rows[2].values())[1:] == [""] * 6 + ['a "cat",\na dog']
+    assert list(rows[0].values())[1:] == ["", "cat", "20", "10", "60", "30", "0.9", ""]
+    assert list(rows[2].values())[1:] == [""] * 7 + ['a "cat",\na dog']
     assert "\r" not in written("csv", answer(CAT))
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_forms_for_text_say_when_a_frame_was_shown(form: Format) -> None:
+    output = io.StringIO()
+    writer = open_writer(form, output.write)
+    writer.add(Path("film.mp4#3"), answer(CAT), 1 / 3)
+    writer.finish()
+    text = output.getvalue()
+    rows = list(csv.DictReader(io.StringIO(text))) if form == "csv" else [json.loads(text.strip("[]\n"))]
+    assert [float(row["time_s"]) for row in rows] == [0.333]
 
 
 @pytest.fixture

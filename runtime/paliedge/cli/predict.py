@@ -330,7 +330,8 @@ class _Run:
             print_answer(item.name, result, as_json=False)
             return
         is_frame = item.film and self._makes_files  # such a file is named after the frame as a picture
-        self._writer.add(Path(f"{item.stem}-{item.number}.png" if is_frame else item.name), result)
+        path = Path(f"{item.stem}-{item.number}.png" if is_frame else item.name)
+        self._writer.add(path, result, item.time_s if item.film else None)
         if not self._writer.tells_errors:
             _warn_of_cut(item.name, result)
 
