@@ -92,15 +92,19 @@ def _peers() -> Iterator[str]:
     for size, title in _SIZES.items():
         found = _load(f"peers_{size}.json")
         if found:
+            last = max(one["measured"] for one in found["engines"].values())
             yield (
                 f"{title}, whole answers of 10 tokens to 16 and an image, seconds, medians of {found['num_rounds']} "
-                "rounds in which the engines took turns, on "
+                "rounds in which the engines took turns (those with * in an earlier run), on "
                 f"{found['machine']['cpu']}, {found['num_threads']} threads; "
                 f"`python -m benchmarks.peers.whole_model {size} --work FOLDER`:"
             )
             yield _table(
                 ("engine", "class", *_STAGES, "range of answers", "peak RSS, GB", "off fp32, nats"),
-                [_peer_row(name, one) for name, one in _by_class(found["engines"])],
+                [
+                    _peer_row(name + ("*" if one["measured"] != last else ""), one, found["agreement"][name])
+                    for name, one in _by_class(found["engines"])
+                ],
             )
             yield from _ratios(found["comparisons"], found["failures"])
 
@@ -110,11 +114,10 @@ def _by_class(engines: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(engines.items(), key=lambda item: (order.index(item[1]["precision"]), item[1]["answer"]))
 
 
-def _peer_row(name: str, one: dict[str, Any]) -> list[str]:
+def _peer_row(name: str, one: dict[str, Any], agreement: dict[str, Any]) -> list[str]:
     low, high = one["answer_range"]
-    off = (one.get("agreement") or {}).get("max_difference")
     times = [f"{one[stage]:.4g}" for stage in _STAGES]
-    about = [f"{low:.3g} to {high:.3g}", f"{one['peak_rss'] / 1e9:.2f}", "-" if off is None else f"{off:.3g}"]
+    about = [f"{low:.3g} to {high:.3g}", f"{one['peak_rss'] / 1e9:.2f}", f"{agreement['max_difference']:.3g}"]
     return [name, one["precision"], *times, *about]
 
 
@@ -216,7 +219,7 @@ def _overlap() -> Iterator[str]:
         yield "`--overlap` encodes the next picture while this one is answered, `python -m benchmarks.overlap BUNDLE`:"
         rows = [
             [
-                f"{one['checkpoint']}, {one['precision']}",
+                f"{one['precision']}, {one['bundle_bytes'] / 1e9:.2g} GB",
                 f"{1000 * one['seconds_a_picture']:.1f}",
                 f"{1000 * one['seconds_a_picture_overlapped']:.1f}",
                 "{:.2f} ({:.2f} to {:.2f})".format(one["speedup"], *one["speedup_range"]),

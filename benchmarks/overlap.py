@@ -26,6 +26,7 @@ from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
 from paliedge.model import SHIPPED_BUNDLE
 
+_FEWEST, _MOST = 4, 200
 PROMPT = "detect red circle ; blue square ; green star"
 
 
@@ -57,17 +58,24 @@ def _time_both(
     return (second, first) if overlap_first else (first, second)
 
 
-def measure(bundle: Path, pictures: Sequence[bytes], rounds: int, max_new_tokens: int) -> dict[str, Any]:
-    """Medians over the rounds; `speedup` is that of overlap in each round, its median and its range."""
+def measure(
+    bundle: Path, pictures: Sequence[bytes], seconds: float, rounds: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """Medians over the rounds; `speedup` is that of overlap in each round, its median and its range.
+
+    As many of `pictures` as take about `seconds` without overlap.
+    """
     with PaliGemma.load(bundle) as model:
         time_answers(model, pictures[:2], max_new_tokens, overlap=False)
+        count = round(seconds / time_answers(model, pictures[:2], max_new_tokens, overlap=False))
+        pictures = pictures[: max(count, _FEWEST)]
         pairs = [_time_both(model, pictures, max_new_tokens, overlap_first=bool(turn % 2)) for turn in range(rounds)]
-        target, checkpoint = model.manifest.targets["cpu"], model.manifest.producer.checkpoint
+        manifest = model.manifest
     ratios = [plain / overlapped for plain, overlapped in pairs]
     plain, overlapped = (statistics.median(values) for values in zip(*pairs, strict=True))
     return {
-        "checkpoint": checkpoint,
-        "precision": target.precision,
+        "precision": manifest.targets["cpu"].precision,
+        "bundle_bytes": sum(file.size for file in manifest.files.values()),
         "pictures": len(pictures),
         "rounds": rounds,
         "max_new_tokens": max_new_tokens,
@@ -81,15 +89,18 @@ def measure(bundle: Path, pictures: Sequence[bytes], rounds: int, max_new_tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="*", default=[SHIPPED_BUNDLE])
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=10, help=f"of each turn, at most {_MOST} pictures")
     parser.add_argument("--size", type=int, default=640, help="of the pictures, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/overlap.json"))
     arguments = parser.parse_args()
-    pictures = make_pictures(arguments.pictures, arguments.size)
+    pictures = make_pictures(_MOST, arguments.size)
     load = os.getloadavg()[0]
-    found = [measure(bundle, pictures, arguments.rounds, arguments.max_new_tokens) for bundle in arguments.bundles]
+    found = [
+        measure(bundle, pictures, arguments.seconds, arguments.rounds, arguments.max_new_tokens)
+        for bundle in arguments.bundles
+    ]
     content = {"machine": describe_machine(), "load_average_before": load, "bundles": found}
     arguments.results.write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(content, indent=2))

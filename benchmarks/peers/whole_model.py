@@ -375,14 +375,19 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     }
 
 
-def describe_engine(contender: Contender, rounds: Sequence[Mapping[str, Any]], bandwidth: float) -> dict[str, Any]:
-    """One engine's figures: seconds, bytes, and medians of each round for what is compared with others."""
+def describe_engine(
+    contender: Contender, rounds: Sequence[Mapping[str, Any]], bandwidth: float, measured: str
+) -> dict[str, Any]:
+    """One engine's figures: seconds, bytes, and medians of each round for what is compared with others.
+
+    `measured`, a time, is the same for those that took turns.
+    """
     found = {"precision": contender.engine.precision, "peer": contender.peer} | summarise(rounds)
     by_round = [summarise([one]) for one in rounds]
     found["token_us"] = round(1e6 * found["token"], 1)
     found["first_answer"] = round(statistics.median(one["first_answer"] for one in rounds), 3)
     found["by_round"] = {stage: [one[stage] for one in by_round] for stage in STAGES}
-    found["measured"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found["measured"] = measured
     if contender.bundle:
         found["graphs"] = contender.bundle
     if contender.has_reduced_head:
@@ -402,22 +407,32 @@ def compare_pair(engines: Mapping[str, Any], ours: str, theirs: str, stage: str)
 
 
 def compare_engines(engines: Mapping[str, Any]) -> dict[str, Any]:
-    """Theirs over ours within each class of precision, and of the best of both sides at each stage."""
+    """Theirs over ours within each class of precision, and of the best of both sides at each stage.
+
+    Only engines that took turns are compared: where both sides did so in several runs, those of the last.
+    """
     able = {name: one for name, one in engines.items() if one.get("compared", True)}
-    ours = [name for name, one in able.items() if one["peer"] == "paliedge"]
-    theirs = [name for name in able if name not in ours]
     classes: dict[str, Any] = {}
     for precision in CLASSES:
-        mine = [name for name in ours if able[name]["precision"] == precision]
-        others = [name for name in theirs if able[name]["precision"] == precision]
-        if mine and others:
+        ours, theirs = _last_rivals({name: one for name, one in able.items() if one["precision"] == precision})
+        if ours:
             classes[precision] = {
-                "ours": mine[0],
-                "theirs": {name: _compare_all(able, mine[0], name) for name in others},
+                "ours": ours[0],
+                "theirs": {name: _compare_all(able, ours[0], name) for name in theirs},
+                "best": _best_against_best(able, ours, theirs),
             }
-            classes[precision]["best"] = _best_against_best(able, mine, others)
-    best = _best_against_best(able, ours, theirs) if ours and theirs else {}
-    return {"classes": classes, "best_against_best": best}
+    ours, theirs = _last_rivals(able)
+    return {"classes": classes, "best_against_best": _best_against_best(able, ours, theirs) if ours else {}}
+
+
+def _last_rivals(engines: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of ours and of theirs in the last run that has both."""
+    for run in sorted({one["measured"] for one in engines.values()}, reverse=True):
+        names = [name for name, one in engines.items() if one["measured"] == run]
+        ours = [name for name in names if engines[name]["peer"] == "paliedge"]
+        if 0 < len(ours) < len(names):
+            return ours, [name for name in names if name not in ours]
+    return [], []
 
 
 def _compare_all(engines: Mapping[str, Any], ours: str, theirs: str) -> dict[str, Any]:
@@ -428,8 +443,7 @@ def _compare_all(engines: Mapping[str, Any], ours: str, theirs: str) -> dict[str
 def _best_against_best(engines: Mapping[str, Any], ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
     found = {}
     for stage in STAGES:
-        seconds = {name: float(engines[name][stage]) for name in engines}
-        mine, other = (min(names, key=seconds.__getitem__) for names in (ours, theirs))
+        mine, other = (min(names, key=lambda name: float(engines[name][stage])) for names in (ours, theirs))
         found[stage] = {"ours": mine, "theirs": other} | compare_pair(engines, mine, other, stage)
     return found
 
@@ -460,7 +474,8 @@ def measure_size(
     bandwidths = bandwidths or [probe_bandwidth(num_threads)]
     bandwidth = statistics.median(bandwidths)
     timed = [one for one in contenders if one.name not in failures]
-    engines = {one.name: describe_engine(one, rounds[one.name], bandwidth) for one in timed}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    engines = {one.name: describe_engine(one, rounds[one.name], bandwidth, now) for one in timed}
     for name, overhead in measure_overheads(timed, size.num_overhead).items():
         engines[name]["overhead"] = overhead
     return {
@@ -498,13 +513,13 @@ def run(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     agreed, verdicts = agree(ready, judge, failures)
     asked = SIZES[size]._replace(num_answers=arguments.answers or SIZES[size].num_answers)
     measured = measure_size(agreed, asked, arguments.rounds, num_threads, failures)
+    add_speedups(measured["engines"])
     found = measured | {"agreement": verdicts, "failures": failures, "packages": versions_of(ready)}
     if arguments.reuse and arguments.results.exists():
         found = merge(found, json.loads(arguments.results.read_text()), [one.name for one in chosen])
     for name, one in found["engines"].items():
         if compile_s := found["agreement"].get(name, {}).get("compile_s"):
             one["compile"] = {"cold_s": compile_s, "cached_s": one["first_answer"]}
-    add_speedups(found["engines"])
     return {"size": size, "machine": describe_machine(), **found, "comparisons": compare_engines(found["engines"])}
 
 

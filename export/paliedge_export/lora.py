@@ -27,7 +27,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PART = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that take something out of the base model's own weights."""
 _MERGE = "Merge it with PEFT's merge_and_unload(), save the model and export that."
 
@@ -145,6 +145,7 @@ def _read_options(adapter: Path) -> dict[str, Any]:
         ("layer_replication", options.get("layer_replication")),
         ("trainable_token_indices", options.get("trainable_token_indices")),
         ("target_parameters", options.get("target_parameters")),
+        ("alora_invocation_tokens", options.get("alora_invocation_tokens")),
         ("a number as lora_alpha", not isinstance(options.get("lora_alpha"), int | float)),
     ):
         if there:

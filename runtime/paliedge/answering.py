@@ -77,6 +77,7 @@ class Request:
         fresh: those that were encoded for this request, whose times are its own.
         prefix: the prompt's ids.
         rule: what may be said.
+        asked: the only label that boxes are asked for; empty if there is none or more.
         max_new_tokens: where to stop at the latest.
         tokenize_ms: what making the ids took.
     """
@@ -85,6 +86,7 @@ class Request:
     fresh: tuple[EncodedImage, ...]
     prefix: list[int]
     rule: Rule
+    asked: str
     max_new_tokens: int
     tokenize_ms: float
 
@@ -146,8 +148,9 @@ class Answerer:
 
     def stream(self, request: Request) -> Iterator[Piece]:
         """The answer, a token at a time."""
-        decoder, image_wh = self._tokenizer.decode_stream(), request.images[0].image_wh
-        parser = LocationParser(self._tokens, self._tokenizer.decode, image_wh, request.images[0].frame)
+        decoder, image = self._tokenizer.decode_stream(), request.images[0]
+        image_wh = image.image_wh
+        parser = LocationParser(self._tokens, self._tokenizer.decode, image_wh, image.frame, request.asked)
         with self._cache(1) as cache:
             for count, (_, step) in enumerate(self._decode(cache, [self._start(request)]), 1):
                 if step.token == self._tokens.eos:
@@ -165,7 +168,7 @@ class Answerer:
             return tuple(detections)
         values = iter(self._session.decode_masks(np.array(coded, np.int64)))
         return tuple(
-            item._replace(mask=Mask(next(values), item.box, image_wh)) if item.mask_codes else item
+            item._replace(mask=Mask(next(values), item.uncut_box or item.box, image_wh)) if item.mask_codes else item
             for item in detections
         )
 
@@ -205,7 +208,9 @@ class Answerer:
         kept = steps[:-1] if stopped else steps
         ids, log_probs = tuple(step.token for step in kept), tuple(step.log_prob for step in kept)
         image = request.images[0]
-        parsed = parse_locations(ids, log_probs, self._tokens, self._tokenizer.decode, image.image_wh, image.frame)
+        parsed = parse_locations(
+            ids, log_probs, self._tokens, self._tokenizer.decode, image.image_wh, image.frame, request.asked
+        )
         text, detections = self._tokenizer.decode(ids), self._with_masks(parsed.detections, image.image_wh)
         return Generation(
             text=text,

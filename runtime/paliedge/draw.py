@@ -37,9 +37,9 @@ def draw_detections(image: Image.Image, detections: Sequence[Detection]) -> Imag
     scale = _scale(image.size)
     canvas = _enlarge(image, scale)
     boxes = [_scaled(item.box, scale) for item in detections]
-    for item, box in zip(detections, boxes, strict=True):
+    for item in detections:
         if item.mask:
-            enlarged = Mask(item.mask.values, box, canvas.size)
+            enlarged = Mask(item.mask.values, _scaled(item.mask.box, scale), canvas.size)
             stencil = Image.fromarray(enlarged.to_array().astype(np.uint8) * round(255 * _MASK_OPACITY))
             canvas.paste(colour_of(item.label), mask=stencil)
     draw = ImageDraw.Draw(canvas)

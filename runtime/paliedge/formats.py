@@ -14,6 +14,7 @@ The two that write files name them after the picture; nothing but these files co
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -31,6 +32,8 @@ from paliedge.results import Generation, writing
 from paliedge.views import outline_of, yolo_lines
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from paliedge.prompt import BoxRequest
 
 Format: TypeAlias = Literal["json", "jsonl", "csv", "coco", "yolo", "labelme"]
@@ -285,7 +288,8 @@ class YoloWriter(_FolderWriter):
 class LabelmeWriter(_FolderWriter):
     """A file a picture that LabelMe opens: a polygon for each mask, its largest outline, a rectangle for other boxes.
 
-    The picture is named relative to the folder and not copied; a shape's `description` is its confidence.
+    The picture is named relative to the folder and not copied, but where there is no such file, as of a video's
+    frame, it lies in the file itself. A shape's `description` is its confidence.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -293,16 +297,23 @@ class LabelmeWriter(_FolderWriter):
 
     def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
         width, height = result.image_wh
+        is_file = time_s is None and source.is_file()
         content: dict[str, Any] = {
             "version": _LABELME_VERSION,
             "flags": {},
             "shapes": [_labelme_shape(item) for item in result.detections],
             "imagePath": os.path.relpath(source.parent.resolve() / source.name, self._folder.resolve()),
-            "imageData": None,
+            "imageData": None if is_file or not result.image else _png_as_text(result.image),
             "imageHeight": height,
             "imageWidth": width,
         }
         _write_text(self._free_path(source), [json.dumps(content, ensure_ascii=False, indent=2)])
+
+
+def _png_as_text(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 def _labelme_shape(item: Detection) -> dict[str, Any]:

@@ -19,27 +19,30 @@ from paliedge.masks import Mask
 from paliedge.preprocess import WHOLE, Frame
 
 _SEPARATOR = re.compile(r"\s;")
+_Box = tuple[float, float, float, float]
 
 
 class Detection(NamedTuple):
     """One labelled box.
 
     Attributes:
-        label: the text behind the box; empty if there is none.
+        label: the text behind the box; without one, the label that was asked for if it was the only one, else empty.
         box: x1, y1, x2, y2 in pixels of the image as it was given (after its EXIF rotation).
         box_normalized: the same, divided by width and height: 0 to 1.
         log_probs: natural logarithms of its tokens' probabilities among all tokens: four of the box, 16 of
             the mask if it has one, then the label's.
         mask_codes: the mask's 16 codes; empty without a mask.
         mask: what they show; None without a mask, or in a bundle without a mask decoder.
+        uncut_box: the box as it was said, where it reaches beyond the image (into a letterbox's padding); else None.
     """
 
     label: str
-    box: tuple[float, float, float, float]
-    box_normalized: tuple[float, float, float, float]
+    box: _Box
+    box_normalized: _Box
     log_probs: tuple[float, ...]
     mask_codes: tuple[int, ...] = ()
     mask: Mask | None = None
+    uncut_box: _Box | None = None
 
     @property
     def confidence(self) -> float:
@@ -64,9 +67,10 @@ def parse_locations(
     decode: Callable[[Sequence[int]], str],
     image_wh: tuple[int, int],
     frame: Frame = WHOLE,
+    asked: str = "",
 ) -> ParsedLocations:
     """Read the boxes of an answer, see `LocationParser`; `log_probs` has one entry a token."""
-    parser = LocationParser(tokens, decode, image_wh, frame)
+    parser = LocationParser(tokens, decode, image_wh, frame, asked)
     detections: list[Detection] = []
     for token, log_prob in zip(token_ids, log_probs, strict=True):
         detections += parser.push(token, log_prob)
@@ -91,6 +95,7 @@ class LocationParser:
         decode: text of some ids.
         image_wh: width and height in pixels that the boxes refer to.
         frame: where the image lies in the square; boxes are cut to it, and one that is all beside it is malformed.
+        asked: the label of boxes without one, as models answer that were trained on referring expressions.
 
     Attributes:
         num_malformed: location and segmentation groups so far that are no box or no mask.
@@ -102,12 +107,14 @@ class LocationParser:
         decode: Callable[[Sequence[int]], str],
         image_wh: tuple[int, int],
         frame: Frame = WHOLE,
+        asked: str = "",
     ) -> None:
         self.num_malformed = 0
         self._tokens = tokens
         self._decode = decode
         self._image_wh = image_wh
         self._frame = frame
+        self._asked = asked
         self._bins: list[int] = []
         self._codes: list[int] = []
         self._text: list[int] = []
@@ -145,31 +152,46 @@ class LocationParser:
             codes = []
         found = []
         for start in range(0, len(bins), 4):
-            box = self._box_in_image(bins[start : start + 4])
+            said = self._edges(bins[start : start + 4])
+            box = _cut(said)
             if box is None:
                 self.num_malformed += 1
                 continue
-            is_last, (width, height) = start + 4 == len(bins), self._image_wh
-            x1, y1, x2, y2 = box
-            pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
-            if is_last:
-                found.append(Detection(label, pixels, box, log_probs[start:], tuple(codes)))
-            else:
-                found.append(Detection("", pixels, box, log_probs[start : start + 4]))
+            is_last = start + 4 == len(bins)
+            found.append(
+                Detection(
+                    (label if is_last else "") or self._asked,
+                    self._in_pixels(box),
+                    box,
+                    log_probs[start:] if is_last else log_probs[start : start + 4],
+                    tuple(codes) if is_last else (),
+                    uncut_box=None if said == box else self._in_pixels(said),
+                )
+            )
         return found
 
-    def _box_in_image(self, bins: Sequence[int]) -> tuple[float, float, float, float] | None:
-        """Four bins as edges x1, y1, x2, y2 from 0 to 1 of the image; None where they are no box in it."""
+    def _edges(self, bins: Sequence[int]) -> _Box:
+        """Four bins as edges x1, y1, x2, y2, of which 0 to 1 lies in the image."""
         y1, x1, y2, x2 = (place / (self._tokens.num_locations - 1) for place in bins)
         left, top, right, bottom = self._frame
-        x1, x2 = (min(max((x - left) / (right - left), 0.0), 1.0) for x in (x1, x2))
-        y1, y2 = (min(max((y - top) / (bottom - top), 0.0), 1.0) for y in (y1, y2))
-        return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+        (x1, x2), (y1, y2) = (
+            ((first - low) / (high - low), (last - low) / (high - low))
+            for first, last, low, high in ((x1, x2, left, right), (y1, y2, top, bottom))
+        )
+        return x1, y1, x2, y2
+
+    def _in_pixels(self, box: _Box) -> _Box:
+        (x1, y1, x2, y2), (width, height) = box, self._image_wh
+        return x1 * width, y1 * height, x2 * width, y2 * height
 
 
-def location_tokens_from_box(
-    box: tuple[float, float, float, float], image_wh: tuple[int, int], num_locations: int = 1024
-) -> str:
+def _cut(box: _Box) -> _Box | None:
+    """What of a box lies between 0 and 1; None where that is nothing, or no box."""
+    x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in box)
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def location_tokens_from_box(box: _Box, image_wh: tuple[int, int], num_locations: int = 1024) -> str:
     """The four tokens of a box x1, y1, x2, y2 in pixels, for prompts that point at a region."""
     x1, y1, x2, y2 = box
     width, height = image_wh

@@ -20,7 +20,7 @@ class Mask:
 
     Attributes:
         values: [64, 64] float32, positive inside the shape; the map is stretched over the box.
-        box: x1, y1, x2, y2 in pixels of the image.
+        box: x1, y1, x2, y2 in pixels of the image; it may reach beyond it, and what lies there is cut away.
         image_wh: width and height of the image in pixels.
     """
 
@@ -37,7 +37,8 @@ class Mask:
         left, top, right, bottom = self._pixels()
         whole = np.zeros((height, width), np.bool_)
         stretched = Image.fromarray(self.values).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
-        whole[top:bottom, left:right] = np.asarray(stretched) > 0
+        inside = np.asarray(stretched)[max(-top, 0) : height - top, max(-left, 0) : width - left] > 0
+        whole[max(top, 0) : bottom, max(left, 0) : right] = inside
         return whole
 
     def to_polygons(self) -> list[Polygon]:
@@ -59,10 +60,10 @@ class Mask:
         x1, y1, x2, y2 = self.box
         scale, corner = np.array([(x2 - x1) / columns, (y2 - y1) / rows]), np.array([x1, y1])
         outlines = [
-            (np.asarray(line) - 0.5).clip(0, (columns, rows)) * scale + corner
+            ((np.asarray(line) - 0.5).clip(0, (columns, rows)) * scale + corner).clip(0, self.image_wh)
             for line in contour_generator(z=framed).lines(0.0)
         ]
-        return sorted(outlines, key=_area, reverse=True)
+        return sorted((line for line in outlines if _area(line) > 0), key=_area, reverse=True)
 
     def to_rle(self) -> dict[str, Any]:
         """COCO's compressed run lengths: `size` [height, width] and `counts`, which pycocotools reads."""
@@ -74,11 +75,11 @@ class Mask:
         return {"size": [self.image_wh[1], self.image_wh[0]], "counts": _compress(runs)}
 
     def _pixels(self) -> tuple[int, int, int, int]:
-        """The box in whole pixels, at least one each way."""
+        """The box in whole pixels, at least one of the image each way."""
         edges = []
         for low, high, size in zip(self.box[:2], self.box[2:], self.image_wh, strict=True):
             first = min(round(low), size - 1)
-            edges.append((first, max(round(high), first + 1)))
+            edges.append((first, max(round(high), first + 1, 1)))
         (left, right), (top, bottom) = edges
         return left, top, right, bottom
 

@@ -376,7 +376,9 @@ class PaliGemma:
                 self._check_features(source)
         encoded = [source if isinstance(source, EncodedImage) else self.encode(source, bgr=bgr) for source in sources]
         fresh = [one for one, source in zip(encoded, sources, strict=True) if one is not source]
-        return Request(tuple(encoded), tuple(fresh), prefix, rule, limit, tokenize_ms)
+        labels = asked.prompt.boxes.labels if asked.prompt.boxes else []
+        only = labels[0] if len(labels) == 1 else ""
+        return Request(tuple(encoded), tuple(fresh), prefix, rule, only, limit, tokenize_ms)
 
     def _try_to_prepare(
         self, sources: Sequence[ImageSource | EncodedImage], asked: _Asked, bgr: bool

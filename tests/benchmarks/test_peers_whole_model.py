@@ -178,7 +178,8 @@ def test_the_message_of_a_failure_is_found(text: str, message: str) -> None:
 def engine(peer: str, precision: str, seconds: list[float], **more: Any) -> dict[str, Any]:
     stages = dict.fromkeys(whole_model.STAGES, sorted(seconds)[len(seconds) // 2])
     by_round = dict.fromkeys(whole_model.STAGES, seconds)
-    return {"peer": peer, "precision": precision, **stages, "by_round": by_round, "peak_rss": 100 * len(peer), **more}
+    about = {"peer": peer, "precision": precision, "measured": "today", "peak_rss": 100 * len(peer)}
+    return about | stages | {"by_round": by_round} | more
 
 
 def test_ratios_are_of_rounds_in_which_both_took_turns() -> None:
@@ -200,6 +201,20 @@ def test_ratios_are_of_rounds_in_which_both_took_turns() -> None:
     assert found["best_against_best"]["token"] == {
         "ours": "ours int8", "theirs": "theirs in 16 bits", "ratio": 1.8, "range": [1.1, 2.0]
     }  # fmt: skip
+
+
+def test_who_did_not_take_turns_is_not_compared() -> None:
+    found = compare_engines(
+        {
+            "ours, day 1": engine("paliedge", "fp32", [2.0], measured="day 1"),
+            "theirs, day 1": engine("openvino", "fp32", [3.0], measured="day 1"),
+            "theirs, day 2": engine("transformers", "fp32", [1.0], measured="day 2"),
+            "ours, day 2": engine("paliedge", "int8", [0.5], measured="day 2"),
+        }
+    )
+    assert found["classes"]["fp32"]["best"]["answer"]["theirs"] == "theirs, day 1"
+    assert set(found["classes"]["fp32"]["theirs"]) == {"theirs, day 1"}
+    assert found["best_against_best"]["answer"]["theirs"] == "theirs, day 2"
 
 
 def test_results_of_engines_that_are_not_run_again_are_kept() -> None:

@@ -106,7 +106,9 @@ def test_the_other_verbs_answer_with_text(verb: list[str]) -> None:
 
 
 def test_predict_shows_boxes_where_the_answer_has_some() -> None:
-    assert run("predict", SCENE, f"detect {LABELS}").stdout == run("detect", SCENE, LABELS).stdout
+    for options in ([], ["--conf", "0.03"], ["--free"], ["--only-asked"]):
+        found = run("predict", SCENE, f"detect {LABELS}", *options).stdout
+        assert found == run("detect", SCENE, LABELS, *options).stdout
 
 
 def test_an_environment_variable_stands_for_an_option() -> None:

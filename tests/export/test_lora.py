@@ -124,7 +124,11 @@ def spoil(adapter: Path, **options: Any) -> None:
     ("options", "named"),
     [
         ({"peft_type": "LOHA"}, "LOHA"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        *[({"init_lora_weights": kind}, kind) for kind in ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga")],
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["weight"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_bias": True}, "lora_bias"),
         ({"lora_alpha": None}, "lora_alpha"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from paliedge.errors import ImageError, MissingExtraError, PaliEdgeError, UsageE
 from paliedge.evaluation import metrics, require_packages
 from paliedge.evaluation.cases import Case, Outcome, Shape
 from paliedge.evaluation.datasets import CocoDataset, open_coco, open_texts
-from paliedge.evaluation.detection import BoxTask, Question, evaluate_detection
+from paliedge.evaluation.detection import Question, evaluate_detection
 from paliedge.evaluation.pictures import draw_worst
 from paliedge.evaluation.report import Report, save_report
 from paliedge.evaluation.texts import evaluate_texts, score_texts
+from paliedge.manifest import Prompts
+from paliedge.prompt import BoxTask, Prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SIZE_WH = (40, 20)
@@ -311,13 +312,9 @@ class Knowing:
             raise ImageError(expected="an image", found="none", action="Look.")
         return EncodedImage(image.name, SIZE_WH, 10.0, 20.0)
 
-    def detect(self, image: EncodedImage, labels: Sequence[str]) -> Generation:
-        return self._answer("detect", image, labels)
-
-    def segment(self, image: EncodedImage, labels: Sequence[str]) -> Generation:
-        return self._answer("segment", image, labels)
-
-    def _answer(self, task: str, image: EncodedImage, labels: Sequence[str]) -> Generation:
+    def generate(self, image: EncodedImage, prompt: Prompt) -> Generation:
+        assert prompt.boxes
+        task, labels = prompt.boxes
         self.asked.append((f"{task} {image.features}", list(labels)))
         if len(labels) > 2:
             raise UsageError(expected="2 labels", found="3", action="Ask for less.")
@@ -410,6 +407,11 @@ def test_an_unreadable_picture_and_one_of_another_size_are_left_out(tmp_path: Pa
     assert outcome.scores["ap"] is None  # a crowd alone is nothing to find
     outcome, listener = evaluate({}, dataset)
     assert (outcome.cases, len(listener.failures)) == ((), 2)
+
+
+def test_a_case_tells_the_prompt_in_the_models_own_words(dataset: CocoDataset) -> None:
+    outcome, _ = evaluate(RIGHT, dataset, one_by_one=True, prompts=Prompts(segment="{labels}"))
+    assert outcome.cases[0].prompt == "cat\ndog"
 
 
 def test_too_many_labels_for_one_prompt_say_what_helps(tmp_path: Path) -> None:

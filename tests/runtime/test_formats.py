@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
@@ -179,6 +180,15 @@ def test_labelme_files_say_all_that_labelme_reads(tmp_path: Path) -> None:
     assert (shape["label"], shape["shape_type"]) == ("dog", "polygon")
     points = np.array(shape["points"])
     assert (*points.min(axis=0), *points.max(axis=0)) == pytest.approx((0, 0, 100, 100), abs=1)
+
+
+def test_a_labelme_file_of_a_frame_holds_the_picture_which_is_no_file(tmp_path: Path) -> None:
+    frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 200, 3), np.uint8))
+    writer = open_writer("labelme", print, tmp_path, ASKED)
+    writer.add(Path("film-3.png"), answer(CAT, image=frame), 0.5)
+    content = json.loads((tmp_path / "film-3.json").read_text())
+    with Image.open(io.BytesIO(base64.b64decode(content["imageData"]))) as held:
+        assert np.array_equal(np.asarray(held), np.asarray(frame))
 
 
 @pytest.mark.parametrize("form", get_args(Format))

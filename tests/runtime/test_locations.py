@@ -214,6 +214,14 @@ def test_boxes_in_a_letterbox_are_mapped_back_and_cut_to_the_image() -> None:
     assert malformed == 1  # all of it lies in the padding
     assert found[0].box == pytest.approx((0, 0, 200, 100), abs=0.3)
     assert found[1].box == pytest.approx((100, 0, 200, 50), abs=0.3)
+    assert found[0].uncut_box is None or found[0].uncut_box == pytest.approx(found[0].box, abs=0.3)
+    assert found[1].uncut_box == pytest.approx((100, -50, 200, 50), abs=0.3)
+
+
+def test_boxes_without_a_label_have_the_only_one_that_was_asked_for() -> None:
+    token_ids = ids_from(*A, " ;", *A, *B, " dog")
+    found, _ = parse_locations(token_ids, [0.0] * len(token_ids), TOKENS, decode, (WIDTH, HEIGHT), asked="left cat")
+    assert [item.label for item in found] == ["left cat", "left cat", "dog"]
 
 
 def test_the_number_of_bins_comes_from_the_tokens() -> None:

@@ -47,6 +47,17 @@ def test_the_thinnest_box_has_a_pixel_inside_the_image(box: tuple[float, float, 
     assert mask.shape == (4, 10)
 
 
+@pytest.mark.parametrize("box", [(-20, 5, 30, 45), (10, -30, 50, 20), (-5, 12, 65, 70), (-9, 0, 0.6, 40)])
+def test_what_of_a_box_lies_beyond_the_image_is_cut_and_not_squeezed(box: tuple[float, float, float, float]) -> None:
+    x1, y1, x2, y2 = box
+    whole = Mask(DISC, (x1 + 40, y1 + 40, x2 + 40, y2 + 40), (140, 130)).to_array()
+    cut = Mask(DISC, box, (60, 50))
+    np.testing.assert_array_equal(cut.to_array(), whole[40:90, 40:100])
+    for outline in cut.to_polygons():
+        assert (outline >= 0).all()
+        assert (outline <= (60, 50)).all()
+
+
 def test_outlines_enclose_what_is_filled() -> None:
     mask = Mask(DISC, (100, 50, 300, 150), (640, 480))
     (outline,) = mask.to_polygons()

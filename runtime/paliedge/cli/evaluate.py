@@ -174,7 +174,7 @@ def _evaluate(
         model = load_model(bundle, options)
         if task == "segment":
             check_masks(model.manifest)
-        question = Question(task, labels == "present", one_by_one)
+        question = Question(task, labels == "present", one_by_one, model.manifest.prompts)
         return model, evaluate_detection(model, coco, question, watcher, limit)
     examples = open_texts(dataset, needs_prompt=task == "vqa")[:limit]
     model = load_model(bundle, options)

@@ -191,9 +191,13 @@ def ocr(source: str, **rest: Any) -> None:
 @click.command()
 @click.argument("source")
 @click.argument("prompt")
+@_box_options
 @_answer_options
 def predict(source: str, prompt: str, **rest: Any) -> None:
-    """Answer a free PROMPT in the model's own words, such as "caption de"."""
+    """Answer a free PROMPT in the model's own words, such as "caption de".
+
+    --conf, --free and --only-asked are for one that begins with detect or segment.
+    """
     from paliedge.prompt import free_prompt
 
     _answer_all(source, lambda prompts: free_prompt(prompt), **rest)

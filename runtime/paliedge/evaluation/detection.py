@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,13 +15,13 @@ import numpy as np
 from paliedge.errors import ImageError, UsageError
 from paliedge.evaluation.cases import Case, Outcome, Shape, Watcher, answer_each
 from paliedge.evaluation.datasets import Annotation, CocoDataset, CocoImage, Runs
-from paliedge.manifest import Manifest
+from paliedge.manifest import Manifest, Prompts
+from paliedge.prompt import BoxTask, Prompt, box_prompt
 from paliedge.results import Generation
 
 if TYPE_CHECKING:
     from paliedge import EncodedImage
 
-BoxTask = Literal["detect", "segment"]
 _SIZE_ACTION = "Take the image that was annotated, or correct the annotations."
 
 
@@ -30,9 +30,7 @@ class Detector(Protocol):
 
     def encode(self, image: Path, /) -> EncodedImage: ...
 
-    def detect(self, image: EncodedImage, labels: Sequence[str], /) -> Generation: ...
-
-    def segment(self, image: EncodedImage, labels: Sequence[str], /) -> Generation: ...
+    def generate(self, image: EncodedImage, prompt: Prompt, /) -> Generation: ...
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,13 @@ class Question:
         task: boxes, or masks too.
         only_present: ask for the labels that the picture has, not for all of the dataset.
         one_by_one: a prompt for each label, instead of one for all.
+        prompts: the model's templates.
     """
 
     task: BoxTask = "detect"
     only_present: bool = False
     one_by_one: bool = False
+    prompts: Prompts = field(default_factory=Prompts)
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def _answer(model: Detector, image: CocoImage, labels: Sequence[str], question: 
         annotated, found = ("{} x {} pixels".format(*size) for size in (image.size_wh, encoded.image_wh))
         raise ImageError(expected=f"{annotated}, as annotated", found=found, action=_SIZE_ACTION)
     truth = tuple(_expected_shape(item, encoded.image_wh) for item in image.annotations)
-    find = model.detect if question.task == "detect" else model.segment
-    prompts = [[label] for label in labels] if question.one_by_one else [list(labels)]
+    asked = [[label] for label in labels] if question.one_by_one else [list(labels)]
+    prompts = [box_prompt(question.prompts, question.task, each) for each in asked]
     try:
-        results = [find(encoded, prompt) for prompt in prompts]
+        results = [model.generate(encoded, prompt) for prompt in prompts]
     except UsageError as error:
         advice = "" if question.one_by_one else " With --one-by-one or --labels present the prompts are shorter."
         raise UsageError(expected=error.expected, found=error.found, action=error.action + advice) from None
@@ -118,7 +118,7 @@ def _answer(model: Detector, image: CocoImage, labels: Sequence[str], question: 
     names = {_plain(label): label for label in labels}
     case = Case(
         source=image.path,
-        prompt="\n".join(f"{question.task} {' ; '.join(prompt)}" for prompt in prompts),
+        prompt="\n".join(prompt.text for prompt in prompts),
         answer="\n".join(result.text for result in results),
         score=0.0,
         seconds=milliseconds / 1000,
