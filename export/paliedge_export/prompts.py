@@ -27,7 +27,10 @@ PRESETS: dict[str, Prompts] = {
     "aokvqa-mc": _CHOICES,
     "refcoco-seg": Prompts(segment="{labels}"),
 }
-"""Fine-tunes whose prompts differ, by the name that their repositories have; all others are as "mix"."""
+"""Fine-tunes whose prompts differ, by the name that their repositories have; all others are as "mix".
+
+ScienceQA's prompt is a form of its own (question, context, options), all of which is the caller's question here.
+"""
 _FINE_TUNE = re.compile(r"paligemma2?-\w+-ft-([a-z0-9-]+?)-\d+")
 
 
