@@ -25,6 +25,7 @@ IMAGES = [np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), np.ui
 PROMPTS = ["caption en", "detect red circle ; blue star", "answer en how many stars are there?", "ocr"]
 REQUESTS = [(IMAGES[(place + turn) % 3], prompt) for turn in range(3) for place, prompt in enumerate(PROMPTS)]
 LAYOUTS = [("paligemma", "cpu", "fp32"), ("paligemma2", "cpu", "fp32"), ("paligemma", "cpu", "int4")]
+LAYOUTS += [("paligemma", "cpu", "fp16")]
 LAYOUTS += [("paligemma", "jetpack6", "fp16"), ("paligemma2", "jetpack7", "fp16"), ("paligemma", "jetpack7", "int8")]
 
 
@@ -65,9 +66,9 @@ def load_tiny(folder: Path, family: str, target: str, precision: Any) -> PaliGem
     return PaliGemma.load(folder / "bundle")
 
 
-def assert_same(found: Generation, alone: Generation) -> None:
+def assert_same(found: Generation, alone: Generation, atol: float = 2e-3) -> None:
     assert found.token_ids == alone.token_ids
-    assert np.allclose(found.log_probs, alone.log_probs, atol=2e-3)
+    np.testing.assert_allclose(found.log_probs, alone.log_probs, atol=atol)
     assert found.finish_reason == alone.finish_reason
     assert [one.label for one in found.detections] == [one.label for one in alone.detections]
 
@@ -82,7 +83,7 @@ def test_a_batch_gives_what_each_request_gives_alone(
             widths.clear()
             found = list(model.generate_batch(REQUESTS, batch_size=size))
             for one, other in zip(found, alone, strict=True):
-                assert_same(one, other)
+                assert_same(one, other, 2e-2 if precision == "int4" else 2e-3)  # 8-bit activations may round apart
             assert max(widths) > 1
             assert max(widths) <= size
 

@@ -102,6 +102,12 @@ def test_all_tasks_give_what_onnx_runtime_gives(model: PaliGemma, expected: list
         assert ask_all(model, IMAGES[number]) == expected[number]
 
 
+def test_a_batch_is_answered_one_request_after_another(model: PaliGemma, expected: list[Answers]) -> None:
+    prompts = ["detect red circle ; blue square", "caption en", "answer en how many circles?", "ocr"]
+    requests = [(IMAGES[number], prompt) for number in (0, 1) for prompt in prompts]
+    assert summarize(list(model.generate_batch(requests, batch_size=3))) == [*expected[0], *expected[1]]
+
+
 def test_the_runtimes_own_session_on_onnx_runtime_says_the_same(
     built: dict[str, Path], expected: list[Answers], subject: str, target: str
 ) -> None:
