@@ -108,6 +108,15 @@ def test_the_scores_are_those_of_the_shipped_bundle() -> None:
     assert scores["bundle"] == Bundle(SHIPPED_BUNDLE).manifest.sha256
 
 
+def test_the_scores_are_what_the_project_asks_of_them() -> None:
+    """Masks that can be used, and a confidence that ranks boxes better than none does."""
+    scores = json.loads((RESULTS / "shapes_quality.json").read_text())["scores"]
+    assert scores["num_scenes"] == 500
+    assert scores["segment_mean_iou"] >= 0.8
+    assert scores["segment_mean_iou_only_asked"] >= 0.8
+    assert scores["detect_ap50"] > scores["detect_ap50_unscored"]
+
+
 def test_the_readmes_figures_are_the_stored_ones() -> None:
     """Each number in a table with a `from` column stands in that JSON file."""
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| `(\w+\.json)` `([\w./]+)` \|$", README, re.MULTILINE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
+from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
 from paliedge.errors import UsageError
 from paliedge.manifest import Limits
+from paliedge.video import read_video
 from paliedge_export.exporter import export_bundle
+from tests.runtime.test_video import written
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -75,6 +78,26 @@ def test_encoded_images_are_taken_and_only_new_ones_are_timed(both: Both) -> Non
     assert mixed.token_ids == both.ours.caption(IMAGES[:2]).token_ids
     assert mixed.timings.vision_ms > 0
     assert both.ours.caption([encoded, encoded]).timings.vision_ms == 0
+
+
+def test_frames_of_a_video_are_the_images_of_one_prompt(tmp_path: Path) -> None:
+    """The shapes model was trained on one image and has room for two."""
+    path = tmp_path / "scenes.mp4"
+    scenes = [Image.fromarray(make_scene(HELD_OUT_SEED + seed).image) for seed in range(3)]
+    written(path, scenes, [0, 0.5, 1])
+    with closing(PaliGemma.load()) as model:
+        frames = [frame.image for frame in read_video(path, every=2)]
+        arrays = [np.asarray(frame) for frame in frames]
+        assert len(frames) == 2
+
+        def ask(images: Sequence[Image.Image | np.ndarray]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+            answer = model.ask(images, "how many circles are there?")
+            return answer.token_ids, answer.log_probs
+
+        assert ask(frames) == ask(arrays)
+        assert len({ask(images) for images in (frames, frames[::-1], frames[:1], frames[1:])}) == 4
+        with pytest.raises(UsageError, match="--max-images"):
+            ask([*frames, frames[0]])
 
 
 @pytest.mark.parametrize("count", [0, 5])

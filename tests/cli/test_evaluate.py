@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from pycocotools import mask as coco
 
 from benchmarks.shapes.scenes import CLASSES, HELD_OUT_SEED, Scene, caption, make_scene
+from paliedge.bundle import Bundle
 from paliedge.cli import main
+from paliedge.manifest import write_manifest
+from paliedge.model import SHIPPED_BUNDLE
+from tests.runtime.test_evaluation import without_mask_decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SCENES = [make_scene(HELD_OUT_SEED + index) for index in range(12)]
@@ -35,8 +43,8 @@ def save_picture(scene: Scene, path: Path) -> str:
     return path.name
 
 
-def write_coco(folder: Path, shift: int = 0) -> Path:
-    """A COCO folder of the first scenes whose boxes are moved by `shift` pixels to the left and up."""
+def write_coco(folder: Path, shift: int = 0, *, masks: bool = False) -> Path:
+    """A COCO folder of the first scenes whose boxes and masks are moved by `shift` pixels to the left and up."""
     annotations, images = [], []
     for index, scene in enumerate(SCENES[:NUM_COCO]):
         images.append({"id": index, "file_name": save_picture(scene, folder / f"{index}.png")})
@@ -44,12 +52,18 @@ def write_coco(folder: Path, shift: int = 0) -> Path:
         for item in scene.objects:
             x1, y1, x2, y2 = item.box
             box = [x1 - shift, y1 - shift, x2 - x1, y2 - y1]
-            row = {"image_id": index, "category_id": CLASSES.index(item.label), "bbox": box, "segmentation": []}
-            annotations.append(row)
+            row = {"image_id": index, "category_id": CLASSES.index(item.label), "bbox": box}
+            moved = np.roll(item.mask, (-shift, -shift), axis=(0, 1))
+            annotations.append(row | {"segmentation": run_lengths(moved) if masks else []})
     categories = [{"id": index, "name": name} for index, name in enumerate(CLASSES)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "_annotations.coco.json").write_text(json.dumps(content))
     return folder
+
+
+def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": runs["size"], "counts": runs["counts"].decode()}
 
 
 def write_lines(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -109,6 +123,25 @@ def test_too_many_categories_for_a_prompt_end_the_run_with_advice(tmp_path: Path
     result = run(tmp_path, "--task", "detect")
     assert result.exit_code == 2
     assert "--one-by-one or --labels present" in result.stderr
+
+
+def test_segment_scores_masks_and_scores_moved_ones_badly(tmp_path: Path) -> None:
+    options = ("--task", "segment", "--one-by-one", "--labels", "present", "--limit", 3, "--json")
+    report = report_of(run(write_coco(tmp_path, masks=True), *options))
+    assert report["num_images"] == 3
+    assert report["scores"]["mask_ap"] > 0.5
+    assert report["scores"]["mask_ap50"] > 0.8
+    moved = report_of(run(write_coco(tmp_path, 40, masks=True), *options))
+    assert moved["scores"]["mask_ap50"] < 0.1
+
+
+def test_masks_are_not_scored_with_a_bundle_that_has_none(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(SHIPPED_BUNDLE, tmp_path / "bundle"))
+    write_manifest(bundle, without_mask_decoder(Bundle(bundle).manifest))
+    result = run(write_coco(tmp_path, masks=True), "--task", "segment", "-m", bundle)
+    assert result.exit_code == 2
+    assert "--mask-decoder" in result.stderr
+    assert run(tmp_path, "--task", "detect", "--limit", 1, "-m", bundle).exit_code == 0
 
 
 def test_segment_needs_masks_in_the_data(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -17,6 +18,7 @@ from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import DeviceError
 from paliedge.model import PaliGemma
+from paliedge.prompt import PromptTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SCENES = json.loads((DEMO_SCENES / "scenes.json").read_text())
@@ -103,6 +105,42 @@ def test_the_other_verbs_answer_with_text(verb: list[str]) -> None:
     result = run(verb[0], SCENE, *verb[1:])
     assert result.exit_code == 0
     assert result.stdout.startswith(f"{SCENE}: ")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets every prompt that the model is asked."""
+    prompts: list[str] = []
+    encode = PromptTokenizer.encode_prefix
+
+    def note(tokenizer: PromptTokenizer, text: str, **options: Any) -> list[int]:
+        prompts.append(text)
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(PromptTokenizer, "encode_prefix", note)
+    return prompts
+
+
+@pytest.mark.parametrize(
+    ("verb", "prompt"),
+    [
+        (["caption"], "caption en"),
+        (["caption", "--lang", "de"], "caption de"),
+        (["caption", "--style", "cap"], "cap en"),
+        (["caption", "--style", "describe"], "describe en"),
+        (["caption", "--style", "describe", "--lang", "fr"], "describe fr"),
+        (["ask", "why?"], "answer en why?"),
+        (["ask", "why?", "--lang", "de"], "answer de why?"),
+        (["question", "two"], "question en two"),
+        (["question", "two", "--lang", "es"], "question es two"),
+        (["ocr"], "ocr"),
+        (["detect", "cat ; dog"], "detect cat ; dog"),
+        (["segment", "the left cat"], "segment the left cat"),
+    ],
+)
+def test_a_verb_asks_in_the_words_of_its_options(verb: list[str], prompt: str, asked: list[str]) -> None:
+    assert run(verb[0], SCENE, *verb[1:], "--max-new-tokens", 1).exit_code == 0
+    assert asked == [prompt]
 
 
 def test_predict_shows_boxes_where_the_answer_has_some() -> None:

@@ -178,6 +178,32 @@ def test_a_signal_ends_a_live_source_with_a_playable_video(
     assert "paliedge-reader" not in [thread.name for thread in threading.enumerate()]
 
 
+@pytest.mark.parametrize(("options", "numbers"), [([], [0, 8]), (["--buffer", 3], [0, 6, 7, 8])])
+def test_the_newest_frames_wait_for_the_model_as_many_as_the_buffer_holds(
+    options: list[object], numbers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_asked, is_given = threading.Event(), threading.Event()
+    encode = PaliGemma.encode
+
+    def read(*arguments: object) -> Generator[sources.Shot, None, None]:
+        for number in range(9):
+            yield partial(SCENES.__getitem__, number % 5)
+            assert is_asked.wait(20)
+        is_given.set()
+
+    def wait(*arguments: Any, **options: Any) -> object:
+        is_asked.set()
+        assert is_given.wait(20)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(sources, "read_stream", read)
+    monkeypatch.setattr(PaliGemma, "encode", wait)
+    result = run("caption", "rtsp://cam/door", "--reconnect", 0, "--json", *options)
+    rows = rows_of(result)
+    assert [row["source"] for row in rows if "error" not in row] == [f"cam/door#{number}" for number in numbers]
+    assert f"{9 - len(numbers)} frames were dropped" in result.stderr
+
+
 def test_a_live_source_that_is_not_there_ends_after_the_allowed_attempts(tmp_path: Path) -> None:
     result = run("caption", "/dev/video99", "--reconnect", 0, "--save", tmp_path)
     assert result.exit_code == 5

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
+from paliedge.bundle import Bundle
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Checkpoint
 from paliedge_export.config import read_config
@@ -147,6 +148,16 @@ def test_a_wrong_tensor_is_named(
         open_checkpoint(folder)
     assert f"'{name.removeprefix('model.')}'" in caught.value.found
     assert reason in caught.value.found
+
+
+def test_shards_that_transformers_writes_are_exported_as_the_one_file_is(paligemma: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(paligemma.checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    paligemma.model.save_pretrained(folder, max_shard_size="200KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    assert not (folder / "model.safetensors").exists()
+    manifest = export_bundle(str(folder), tmp_path / "bundle", compare=False)
+    assert manifest.files == Bundle(paligemma.bundle).manifest.files
 
 
 def test_a_missing_shard_is_named(untied: tuple[Path, Tensors], tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge.errors import CheckpointError
+from paliedge.manifest import Precision
 from paliedge_export.checkpoint import Checkpoint, canonical_name
 from paliedge_export.config import read_config
-from paliedge_export.exporter import export_bundle
+from paliedge_export.exporter import Quantization, export_bundle
 from paliedge_export.lora import Adapted
+from tests.export.test_quantized_export import bring_samples
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for a name that goes
@@ -26,6 +28,14 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 """What the common fine-tuning tools adapt: in the decoder, and of the vision encoder what is called alike."""
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
+    "maestro": {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "target_modules": ALL,
+        "task_type": "CAUSAL_LM",
+    },
     "rslora": {"r": 8, "lora_alpha": 16, "target_modules": ALL, "use_rslora": True},
     "dora": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "use_dora": True},
     "patterns": {
@@ -93,13 +103,8 @@ def test_names_of_older_transformers_are_found(base: Path, tmp_path: Path) -> No
 
 def test_a_bundle_answers_as_the_merged_model_does(base: Path, tmp_path: Path) -> None:
     """fp32: the export itself compares with transformers, whose weights were replaced; here PEFT did it."""
-    adapt(base, tmp_path / "adapter", KINDS["lora"])
-    model = PaliGemmaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    from peft import PeftModel
-
-    merged = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
-    shutil.copytree(base, tmp_path / "merged")
-    merged.save_pretrained(tmp_path / "merged")
+    adapt(base, tmp_path / "adapter", KINDS["maestro"])
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
     first = export_bundle(str(base), tmp_path / "one", lora=tmp_path / "adapter")
     second = export_bundle(str(tmp_path / "merged"), tmp_path / "other")
     plain = export_bundle(str(base), tmp_path / "plain")
@@ -108,6 +113,43 @@ def test_a_bundle_answers_as_the_merged_model_does(base: Path, tmp_path: Path) -
     assert not np.array_equal(answers[0], answers[2])
     assert first.comparisons["cpu"].token_match == second.comparisons["cpu"].token_match == 1.0
     assert plain.comparisons["cpu"].reference.startswith("transformers")
+
+
+def merge(base: Path, adapter: Path, output: Path) -> None:
+    """Write the checkpoint that PEFT makes of base and adapter."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    shutil.copytree(base, output)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+
+
+def make_exact(adapter: Path) -> None:
+    """Round its numbers to 64ths, whose products are exact: PEFT and NumPy then merge to the last bit alike."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: np.round(tensor * 64) / 64 for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_adapter_is_merged_before_anything_is_measured_or_rounded(
+    precision: Precision, base: Path, tmp_path: Path
+) -> None:
+    adapt(base, tmp_path / "adapter", KINDS["maestro"])
+    make_exact(tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    bring_samples(tmp_path, 2)
+    adapted, merged, plain = (
+        export_bundle(
+            str(checkpoint),
+            tmp_path / "bundle",
+            precision=precision,
+            quantization=Quantization(tmp_path / "calibration"),
+            lora=adapter,
+            compare=False,
+        ).files
+        for checkpoint, adapter in ((base, tmp_path / "adapter"), (tmp_path / "merged", None), (base, None))
+    )
+    assert adapted == merged
+    changed = {name for name in adapted if adapted[name] != plain[name]}
+    assert {f"decoder.{precision}.contrib.weights", "calibration.safetensors"} <= changed
 
 
 def golden_tokens(bundle: Path) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from paliedge.bundle import Bundle
 from paliedge.cli import main
 from paliedge.errors import UsageError
 from paliedge.manifest import Prompts
-from paliedge.prompt import fill
+from paliedge.prompt import answer_prompt, box_prompt, caption_prompt, fill, ocr_prompt
 from paliedge_export.exporter import export_bundle
 from paliedge_export.prompts import PRESETS, choose_prompts
 from tests.tiny import make_tiny
@@ -36,6 +36,28 @@ from tests.tiny import make_tiny
 def test_a_known_fine_tune_is_known_by_its_name(checkpoint: str, preset: str) -> None:
     assert choose_prompts(None, checkpoint) == PRESETS[preset]
     assert choose_prompts("docvqa", checkpoint) == PRESETS["docvqa"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "segment", "answer"),
+    [
+        ("mix", "segment the cat", "answer en why?"),
+        ("docvqa", "segment the cat", "why?"),
+        ("chartqa", "segment the cat", "why?"),
+        ("pope", "segment the cat", "why?"),
+        ("ai2d", "segment the cat", "answer en  why?"),
+        ("aokvqa-mc", "segment the cat", "answer en  why?"),
+        ("refcoco-seg", "the cat", "answer en why?"),
+    ],
+)
+def test_a_known_fine_tune_is_asked_as_it_was_trained(preset: str, segment: str, answer: str) -> None:
+    """As big_vision's configs/proj/paligemma/transfers have it, blanks and all."""
+    prompts = choose_prompts(preset, "x")
+    assert box_prompt(prompts, "segment", "the cat").text == segment
+    assert answer_prompt(prompts, "why?").text == answer
+    assert box_prompt(prompts, "detect", "cat ; dog").text == "detect cat ; dog"
+    assert caption_prompt(prompts).text == "caption en"
+    assert ocr_prompt(prompts).text == "ocr"
 
 
 def test_a_file_says_what_differs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from itertools import combinations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,36 @@ def test_colours_are_those_of_the_label_in_every_run() -> None:
         "#e69f00",
         "#0072b2",
     ]
+
+
+EYES = {  # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
+    "any": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+}
+
+
+def lab_from_colour(colour: str, eyes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """CIELAB of an sRGB colour as such eyes see it."""
+    srgb = np.array(ImageColor.getrgb(colour)) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ (eyes @ linear).clip(0, 1) / to_xyz.sum(axis=1)
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", EYES.values(), ids=EYES)
+def test_any_eyes_tell_the_colours_apart(eyes: npt.NDArray[np.float64]) -> None:
+    """A distance of 2.3 is just noticeable; the least of these pairs is 17, orange and yellow with deuteranopia."""
+    colours = sorted({colour_of(str(number)) for number in range(200)})
+    assert len(colours) == 7
+    seen = [lab_from_colour(colour, eyes) for colour in colours]
+    assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 16
 
 
 def test_boxes_at_the_far_border_are_drawn_whole() -> None:

@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from paliedge import Detection, EncodedImage, Generation, Mask, Timings
+from paliedge.bundle import Bundle
 from paliedge.errors import ImageError, MissingExtraError, PaliEdgeError, UsageError
 from paliedge.evaluation import metrics, require_packages
 from paliedge.evaluation.cases import Case, Outcome, Shape
 from paliedge.evaluation.datasets import CocoDataset, open_coco, open_texts
-from paliedge.evaluation.detection import Question, evaluate_detection
+from paliedge.evaluation.detection import Question, check_masks, evaluate_detection
 from paliedge.evaluation.pictures import draw_worst
 from paliedge.evaluation.report import Report, save_report
 from paliedge.evaluation.texts import evaluate_texts, score_texts
-from paliedge.manifest import Prompts
+from paliedge.manifest import Engine, Manifest, Plan, Prompts
+from paliedge.model import SHIPPED_BUNDLE
 from paliedge.prompt import BoxTask, Prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
@@ -277,6 +280,24 @@ def test_a_folder_without_lines_or_pictures_says_so(tmp_path: Path) -> None:
 
 
 # Detection
+
+
+def without_mask_decoder(manifest: Manifest) -> Manifest:
+    targets = {name: replace(target, mask_decoder=None) for name, target in manifest.targets.items()}
+    return replace(manifest, targets=targets)
+
+
+def test_masks_are_asked_of_a_bundle_that_can_decode_them_alone() -> None:
+    """By a graph, or by an engine that was built from one."""
+    whole = Bundle(SHIPPED_BUNDLE, check_hashes=False).manifest
+    check_masks(whole)
+    bare = without_mask_decoder(whole)
+    plan = Plan("x.plan", ())
+    engine = Engine("rtx", "rtx", "1.7", "any", "", "fp16", plan, plan, None, None)
+    for manifest in (bare, replace(bare, engines=(engine,))):
+        with pytest.raises(UsageError, match=r"one without.*--mask-decoder.*--task detect"):
+            check_masks(manifest)
+    check_masks(replace(bare, engines=(engine, replace(engine, mask_decoder=plan))))
 
 
 class Listener:

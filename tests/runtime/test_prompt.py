@@ -12,7 +12,15 @@ from transformers import AutoTokenizer
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
 from paliedge.errors import BundleError, UsageError
 from paliedge.manifest import Prompts, Tokens
-from paliedge.prompt import MAX_PROMPT_CHARACTERS, PromptTokenizer, answer_prompt, question_prompt
+from paliedge.prompt import (
+    MAX_PROMPT_CHARACTERS,
+    Prompt,
+    PromptTokenizer,
+    answer_prompt,
+    caption_prompt,
+    ocr_prompt,
+    question_prompt,
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +161,24 @@ def test_ids_that_are_no_utf_8_neither_end_a_stream_nor_cost_other_text(
         streamed = "".join(stream(token) for token in [*ids, location])
         assert streamed.count("<loc0005>") == ids.count(location) + 1
         assert streamed.endswith("<loc0005>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (caption_prompt(Prompts()), "caption en"),
+        (caption_prompt(Prompts(), "de", "cap"), "cap de"),
+        (caption_prompt(Prompts(), style="describe"), "describe en"),
+        (caption_prompt(Prompts(), "fr", "describe"), "describe fr"),
+        (answer_prompt(Prompts(), "why?"), "answer en why?"),
+        (answer_prompt(Prompts(), "why?", "de"), "answer de why?"),
+        (question_prompt(Prompts(), "two"), "question en two"),
+        (question_prompt(Prompts(), "two", "es"), "question es two"),
+        (ocr_prompt(Prompts()), "ocr"),
+    ],
+)
+def test_unless_told_a_checkpoint_is_asked_in_the_words_of_the_mixed_ones(prompt: Prompt, text: str) -> None:
+    assert prompt == Prompt(text)
 
 
 @pytest.mark.parametrize("make", [answer_prompt, question_prompt])
