@@ -35,7 +35,8 @@ def render() -> str:
 def main() -> None:
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    plot(list(_records("bench_*.json")), RESULTS / "plots")
+    for model, records in _by_model().items():
+        plot(records, RESULTS / "plots" / model)
     README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
 
 
@@ -45,24 +46,44 @@ def _records(pattern: str) -> Iterator[Record]:
         yield read_record(path)
 
 
+def _by_model() -> dict[str, list[Record]]:
+    """Records of bench_MODEL.json and bench_MODEL_PRECISION.json, by MODEL."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(RESULTS.glob("bench_*.json")):
+        found.setdefault(path.stem.split("_")[1], []).append(read_record(path))
+    return found
+
+
 def _ours() -> Iterator[str]:
     """`paliedge bench` of each stored record."""
     rows = [row for record in _records("bench_*.json") for row in _bench_rows(record)]
     if not rows:
         return
     yield (
-        f"`paliedge bench` on {_machine(next(_records('bench_*.json')))}, medians (and p90) in milliseconds. "
-        "The shapes model: `paliedge bench --batch 1,2,4,8 --duration 8 -o benchmarks/results/bench_shapes.json`; "
-        'PaliGemma-3B\'s size in int8: `paliedge bench runtime/paliedge/scenes --prompt "caption en" '
-        "--max-new-tokens 10 --scenario single-stream --runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`:"
+        "`paliedge bench`, medians (and p90) in milliseconds. The shapes model: `paliedge bench --batch 1,2,4,8 "
+        "--duration 8 -o benchmarks/results/bench_shapes.json`, and `bench_shapes_int8.json` and "
+        "`bench_shapes_int4.json` with `-m` a bundle of that precision; PaliGemma-3B's size: `paliedge bench "
+        'runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 --scenario single-stream --runs 10 '
+        "-m BUNDLE -o benchmarks/results/bench_3b_int8.json`:"
     )
-    head = ("bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU of a token", "peak RSS, GB")
-    yield _table((*head, "load, s", "answers as exported"), rows)
+    yield _table(_BENCH_HEAD, rows)
+    warned = [(record.subject, text) for record in _records("bench_*.json") for text in record.warnings]
+    if warned:
+        lines = (f"- {subject.bundle} {subject.precision}: {text}" for subject, text in warned)
+        yield "What `bench` warned of:\n\n" + "\n".join(lines)
     yield "\n".join(f"![{name}](benchmarks/results/plots/{name}.png)" for name in _drawn())
 
 
+_BENCH_HEAD = (
+    *("machine", "bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU of a token"),
+    *("peak RSS, GB", "load, s", "answers as exported"),
+)
+
+
 def _drawn() -> list[str]:
-    return [path.stem for path in sorted((RESULTS / "plots").glob("*.png"))]
+    plots = RESULTS / "plots"
+    drawn = (path for model in _by_model() for path in sorted(plots.glob(f"{model}/*.png")))
+    return [str(path.relative_to(plots).with_suffix("")) for path in drawn]
 
 
 def _bench_rows(record: Record) -> Iterator[list[str]]:
@@ -70,6 +91,7 @@ def _bench_rows(record: Record) -> Iterator[list[str]]:
     for run in record.runs:
         token = run.stages.get("token")
         yield [
+            _machine(record),
             f"{subject.bundle} {subject.precision}, `{subject.target}`",
             run.name,
             _median(run.stages["ttft"].wall),
@@ -107,6 +129,7 @@ def _peers() -> Iterator[str]:
                 ],
             )
             yield from _ratios(found["comparisons"], found["failures"])
+            yield from _overheads(found["engines"])
 
 
 def _by_class(engines: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -130,6 +153,14 @@ def _ratios(comparisons: dict[str, Any], failures: dict[str, str]) -> Iterator[s
         lines.append(f"- whatever the precision: {_ratio(best)}")
     lines += [f"- not measured: {name}: {reason}" for name, reason in failures.items()]
     yield "\n".join(lines)
+
+
+def _overheads(engines: dict[str, Any]) -> Iterator[str]:
+    """What our own code adds to a decode step, where that can be seen."""
+    ours = {name: one["overhead"] for name, one in engines.items() if "overhead" in one}
+    if ours:
+        parts = (f"{one['outside_us']:.0f} of {one['step_us']:.0f} ({name})" for name, one in ours.items())
+        yield "Microseconds of a decode step outside the engine's own run: " + ", ".join(parts) + "."
 
 
 def _ratio(best: dict[str, Any]) -> str:
@@ -261,8 +292,7 @@ def _boards() -> Iterator[str]:
         "takes it into this page." + (" So far:" if rows else " So far there is none.")
     )
     if rows:
-        head = ("bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU", "peak RSS, GB", "load, s")
-        yield _table((*head, "answers as exported"), rows)
+        yield _table(_BENCH_HEAD, rows)
 
 
 _PARTS = (_ours, _peers, _decoders, _scaling, _overlap, _jetsons, _boards)

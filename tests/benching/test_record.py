@@ -6,13 +6,14 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 from paliedge.benching.compare import compare_records, differences
-from paliedge.benching.plots import plot
+from paliedge.benching.plots import import_matplotlib, plot
 from paliedge.benching.record import (
     Accuracy,
     ColdStart,
@@ -146,18 +147,28 @@ def test_tables_hold_the_figures(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((tmp_path / "record.csv").read_text())))
     assert [row["stage"] for row in rows] == [*record.runs[0].stages, "latency"]
     assert float(rows[4]["p50_ms"]) == token.p50
+    assert {"mbu", "mfu", "gigaflops_per_s", "peak_rss_bytes"} <= set(rows[0])
     lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == [row["stage"] for row in rows]
     with pytest.raises(UsageError, match=r"\.json"):
         save(record, tmp_path / "record.txt")
 
 
-def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
-    token = msgspec.structs.replace(stage(5, 5), gigabytes_per_s=20.0)
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(import_matplotlib(), "close", kept.append)
+    token = msgspec.structs.replace(stage(5, 5), gigabytes_per_s=20.0, gigaflops_per_s=40.0)
     single = make_run()
     single = msgspec.structs.replace(single, stages=single.stages | {"token": token})
     sweep = [make_run(scenario="offline", batch=batch) for batch in (1, 2, 4)]
     records = [make_record(runs=[single, *sweep]), make_record(precision="fp16", runs=[single])]
     assert {path.name for path in plot(records, tmp_path)} == {"stages.png", "batches.png", "roofline.png"}
     assert all(path.stat().st_size > 5_000 for path in tmp_path.iterdir())
+    stages, batches, roofline = kept
+    assert [bar.get_width() for bar in stages.axes[0].containers[2]] == [single.stages["vision"].wall.p50] * 2
+    throughput, latency = ([float(value) for value in axes.lines[0].get_ydata()] for axes in batches.axes)
+    assert throughput == [run.answers_per_s for run in sweep]
+    assert latency == pytest.approx([1000 * run.batch / run.answers_per_s for run in sweep])
+    assert [tuple(map(float, point)) for point in roofline.axes[0].collections[2].get_offsets()] == [(2.0, 40.0)]
+    assert max(roofline.axes[0].lines[0].get_ydata()) == pytest.approx(200.0)  # as high as the machine multiplies
     assert {path.name for path in plot([make_record()], tmp_path / "few")} == {"stages.png"}

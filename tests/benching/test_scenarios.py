@@ -11,7 +11,7 @@ from paliedge import Generation, Timings
 from paliedge.benching import scenarios
 from paliedge.benching.power import CountingMeter
 from paliedge.benching.record import Run
-from paliedge.benching.scenarios import Limits, Plan, Query, Trace, run
+from paliedge.benching.scenarios import Limits, Plan, Query, Trace, _stretches, run
 from paliedge.results import DeviceTimings
 
 
@@ -109,6 +109,14 @@ def test_offline_gives_all_at_once_in_whole_batches(clock: Clock) -> None:
     assert found.num_answers % 4 == 0
     assert found.answers_per_s == pytest.approx(20.0)
     assert found.latency.p50 == pytest.approx(50.0)
+
+
+def test_bursts_of_an_offline_run_are_evened_out() -> None:
+    samples = [18.0, 9.0, 0.0] * 40
+    found = _stretches(samples)
+    assert len(found) == 12
+    assert all(value == pytest.approx(9.0, abs=1.0) for value in found)
+    assert _stretches([5.0, 7.0]) == [5.0, 7.0]
 
 
 def test_a_fast_model_waits_for_the_camera(clock: Clock) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from paliedge.benching.record import read_record, write_record
-from paliedge.benching.scenarios import Plan, Trace
-from paliedge.benching.shares import step_bytes
+from paliedge.benching.scenarios import Answer, Plan, Trace
+from paliedge.benching.shares import add_shares, step_bytes
 from paliedge.bundle import Bundle
 from paliedge.cli import main
+from paliedge.cli.bench import _Progress
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.model import SHIPPED_BUNDLE
+from paliedge.results import Timings
 from paliedge.roofline import vision_flops
 from tests.benching.test_record import make_record
 
@@ -67,7 +70,17 @@ def test_rates_are_bytes_and_operations_over_the_median(measured: Path) -> None:
     assert vision.gigaflops_per_s == pytest.approx(vision_flops(manifest.model) / vision.wall.p50 / 1e6)
     assert roofs.read_bytes_per_s is not None
     assert token.mbu == pytest.approx(num_bytes / token.wall.p50 * 1e3 / roofs.read_bytes_per_s)
+    assert roofs.flops_per_s is not None
+    assert vision.mfu == pytest.approx(vision_flops(manifest.model) / vision.wall.p50 * 1e3 / roofs.flops_per_s)
     assert record.runs[2].stages["token"].gigabytes_per_s is None  # a step that four share
+
+
+def test_integers_have_no_share_of_a_roof_that_is_that_of_floats(measured: Path) -> None:
+    record, manifest = read_record(measured), Bundle(SHIPPED_BUNDLE).manifest
+    integers = msgspec.structs.replace(manifest.targets["cpu"], precision="int8")
+    vision = add_shares(record.runs[0], manifest, integers, record.roofs, 16).stages["vision"]
+    assert vision.mfu is None
+    assert vision.gigaflops_per_s == record.runs[0].stages["vision"].gigaflops_per_s
 
 
 def test_a_folder_of_pictures_and_a_prompt_can_be_measured() -> None:
@@ -94,6 +107,30 @@ def test_ctrl_c_writes_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert record.runs[0].interrupted
     assert record.runs[0].num_answers == 7
     assert record.cold_start is None
+
+
+@pytest.mark.parametrize("late", ["_check_answers", "measure_cold_start"])
+def test_ctrl_c_behind_the_scenarios_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"paliedge.benching.bench.{late}", stop)
+    result = run("--runs", 3, "--scenario", "single-stream", "-o", tmp_path / "part.json")
+    assert result.exit_code == 130
+    record = read_record(tmp_path / "part.json")
+    assert record.interrupted
+    assert record.runs[0].num_answers == 3
+    assert (record.accuracy is None) == (late == "_check_answers")
+    assert record.cold_start is None
+
+
+def test_progress_is_shown_before_the_first_whole_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    trace = Trace()
+    trace.answers.append(Answer(0, (1,), Timings(0.0, 0.0, 1.0, ())))
+    progress = _Progress(shows=True)
+    progress(Plan("offline", 4), trace)
+    progress.end()
+    assert "offline 4: 1 answers" in capsys.readouterr().err
 
 
 def test_other_answers_than_the_exporters_are_told_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from paliedge.backends import BackendOptions, find_ort_target
 from paliedge.benching import roofs as probes
 from paliedge.benching.cold_start import measure_cold_start
 from paliedge.benching.conditions import QuietWatch, describe_conditions, describe_state
-from paliedge.benching.power import find_meter
-from paliedge.benching.record import Accuracy, Memory, Record, Roofs, Run, Subject
+from paliedge.benching.power import Meter, find_meter
+from paliedge.benching.record import Accuracy, Memory, Record, Run, Subject
 from paliedge.benching.scenarios import Limits, Plan, Query, Trace, run
 from paliedge.benching.shares import add_shares
 from paliedge.bundle import Bundle
@@ -66,7 +66,7 @@ def bench(
     report: Callable[[str], None],
     progress: Progress,
 ) -> Record:
-    """Measure the bundle in `folder`. Ctrl-C ends it and keeps the scenarios so far, the last one in part.
+    """Measure the bundle in `folder`. Ctrl-C ends it and keeps what was measured, the last scenario in part.
 
     Raises:
         PaliEdgeError: see `PaliGemma.load`; `UsageError` for a bundle without stored answers where no image is given.
@@ -80,19 +80,26 @@ def bench(
     with PaliGemma.load(folder, options, report=said.append) as model:
         report(said[-1])
         doubts = _batch_warnings(model, settings.plans)
-        roofs = _measure_roofs(model, settings.num_threads)
-        runs, interrupted = _run_all(model, queries, settings, progress)
-        accuracy = None if interrupted else _check_answers(bundle, model)
+        on_gpu = model.has_device_clock or "CUDA" in said[-1]
+        roofs = probes.measure_gpu() if on_gpu else probes.measure_cpu_apart(settings.num_threads or _num_cores())
+        runs, interrupted = _run_all(model, queries, settings, progress, find_meter(gpu=on_gpu))
+        accuracy = None
+        if not interrupted:
+            try:
+                accuracy = _check_answers(bundle, model)
+            except KeyboardInterrupt:
+                interrupted = True
         memory = _memory(free_before)
     del model
     gc.collect()  # a 3B model must not lie in memory twice
-    prompt = queries[0].prompt
     cold = None
     if settings.cold_start and not interrupted:
         try:
-            cold = measure_cold_start(folder, options, prompt)
+            cold = measure_cold_start(folder, options, queries[0].prompt)
         except DeviceError as error:  # no reason to lose what was measured
             doubts.append(f"no cold start: {error.found}")
+        except KeyboardInterrupt:
+            interrupted = True
     target_name = _target_of(bundle.manifest, said[-1])
     target = bundle.manifest.targets[target_name]
     tokenizer = PromptTokenizer(bundle.path(bundle.manifest.tokenizer), bundle.manifest.tokens)
@@ -134,10 +141,9 @@ def make_queries(bundle: Bundle, settings: Settings) -> list[Query]:
 
 
 def _run_all(
-    model: PaliGemma, queries: Sequence[Query], settings: Settings, progress: Progress
+    model: PaliGemma, queries: Sequence[Query], settings: Settings, progress: Progress, meter: Meter | None
 ) -> tuple[list[Run], bool]:
-    """Every scenario, and whether Ctrl-C came before all were done."""
-    meter = find_meter(gpu=model.has_device_clock)
+    """Every scenario, and whether Ctrl-C came before all were done. Closes `meter`."""
     runs: list[Run] = []
     try:
         for plan in settings.plans:
@@ -152,10 +158,6 @@ def _run_all(
         if meter:
             meter.close()
     return runs, False
-
-
-def _measure_roofs(model: PaliGemma, num_threads: int) -> Roofs:
-    return probes.measure_gpu() if model.has_device_clock else probes.measure_cpu(num_threads or _num_cores())
 
 
 def _num_cores() -> int:

@@ -1,4 +1,4 @@
-"""Pictures of records: where an answer's time goes, what batches cost, how near the machine's roofs decoding comes.
+"""Pictures of records: where an answer's time goes, what batches cost, how near stages come to the machine's roofs.
 
 Needs matplotlib: `pip install "paliedge[bench]"`.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from paliedge.benching.record import Record, Run
 from paliedge.errors import MissingExtraError
@@ -38,8 +39,12 @@ def plot(records: Sequence[Record], folder: Path) -> list[Path]:
     pyplot = import_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, draw in (("stages", _draw_stages), ("batches", _draw_batches), ("roofline", _draw_roofline)):
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, draw, columns in (
+        ("stages", _draw_stages, 1),
+        ("batches", _draw_batches, 2),
+        ("roofline", _draw_roofline, 1),
+    ):
+        figure, axes = pyplot.subplots(1, columns, figsize=(4 + 3.5 * columns, 4), layout="constrained")
         if draw(axes, records):
             drawn.append(folder / f"{name}.png")
             figure.savefig(drawn[-1], dpi=120)
@@ -68,38 +73,80 @@ def _part_ms(run: Run, part: str) -> float:
     return run.stages["token"].wall.p50 * steps if "token" in run.stages else 0.0
 
 
-def _draw_batches(axes: Any, records: Sequence[Record]) -> bool:
-    """Answers a second against batch, a line a record."""
+def _draw_batches(both: Any, records: Sequence[Record]) -> bool:
+    """Answers a second, and what the answers of one batch take, against its size: a line a record."""
+    throughput, latency = both
     any_drawn = False
     for record in records:
         runs = sorted((run for run in record.runs if run.scenario == "offline"), key=lambda run: run.batch)
         if len(runs) > 1:
             any_drawn = True
             batches = [run.batch for run in runs]
-            axes.plot(batches, [run.answers_per_s for run in runs], marker="o", label=_label(record))
-            axes.set_xticks(batches)
-    axes.set(xlabel="answers decoded together", ylabel="answers a second", title="Throughput", ylim=(0, None))
-    if any_drawn:
-        axes.legend()
+            rates = [run.answers_per_s for run in runs]
+            throughput.plot(batches, rates, marker="o", label=_label(record))
+            milliseconds = [1000 * run.batch / rate for run, rate in zip(runs, rates, strict=True)]
+            latency.plot(batches, milliseconds, marker="o", label=_label(record))
+    for axes, title, unit in (
+        (throughput, "Throughput", "answers a second"),
+        (latency, "Latency", "milliseconds for all answers of a batch"),
+    ):
+        axes.set(xlabel="answers decoded together", ylabel=unit, title=title, ylim=(0, None))
+        if any_drawn:
+            axes.set_xticks(sorted({run.batch for record in records for run in record.runs}))
+            axes.legend()
     return any_drawn
 
 
 def _draw_roofline(axes: Any, records: Sequence[Record]) -> bool:
-    """Decode's GB/s beside what the machine reads."""
-    found = [
-        (_label(record), run.stages["token"].gigabytes_per_s, record.roofs.read_bytes_per_s)
-        for record in records
+    """Operations a second over operations a byte, and the roof of each record's machine, measured before it."""
+    any_drawn = False
+    for record, colour in zip(records, cycle(_COLOURS)):
+        points = _roofline_points(record)
+        if not points or not record.roofs.read_bytes_per_s:
+            continue
+        any_drawn = True
+        bandwidth, highest = record.roofs.read_bytes_per_s / 1e9, (record.roofs.flops_per_s or 0) / 1e9
+        edges = [min(one.intensity for one in points) / 2, max(one.intensity for one in points) * 2]
+        if highest:
+            edges = sorted([*edges, highest / bandwidth])
+        roof = [min(bandwidth * edge, highest or bandwidth * edge) for edge in edges]
+        axes.plot(edges, roof, color=colour, linewidth=1, linestyle="--")
+        for stage, marker in zip(("vision", "prefill", "token"), ("s", "^", "o"), strict=True):
+            found = [one for one in points if one.stage == stage]
+            axes.scatter(
+                [one.intensity for one in found],
+                [one.gigaflops_per_s for one in found],
+                color=colour,
+                marker=marker,
+                label=f"{stage}, {_label(record)}",
+            )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations a byte of weights and cache",
+        ylabel="10^9 operations a second",
+        title="Roofs: memory (slope) and float32 products (flat), as measured",
+    )
+    if any_drawn:
+        axes.legend(fontsize="small")
+    return any_drawn
+
+
+class _Point(NamedTuple):
+    stage: str
+    intensity: float
+    gigaflops_per_s: float
+
+
+def _roofline_points(record: Record) -> list[_Point]:
+    """Stages of the first run for which both rates are known."""
+    return [
+        _Point(name, stage.gigaflops_per_s / stage.gigabytes_per_s, stage.gigaflops_per_s)
         for run in record.runs[:1]
-        if "token" in run.stages and run.stages["token"].gigabytes_per_s and record.roofs.read_bytes_per_s
+        for name, stage in run.stages.items()
+        if stage.gigaflops_per_s and stage.gigabytes_per_s
     ]
-    labels = [label for label, _, _ in found]
-    axes.barh(labels, [roof / 1e9 for _, _, roof in found], color="#dddddd", label="the machine's roof, measured")
-    axes.barh(labels, [reached for _, reached, _ in found], height=0.5, color=_COLOURS[0], label="decode")
-    axes.set(xlabel="GB/s", title="How near decoding comes to the memory's roof")
-    axes.invert_yaxis()
-    axes.legend()
-    return bool(found)
 
 
 def _label(record: Record) -> str:
-    return f"{record.subject.precision}, {record.subject.target}"
+    return f"{record.subject.bundle}, {record.subject.precision}, {record.subject.target}"

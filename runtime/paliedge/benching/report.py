@@ -109,13 +109,14 @@ def _title(run: Run) -> str:
 
 
 def _stage_row(name: str, stage: Stage) -> tuple[str, ...]:
-    rate, share = "", ""
-    if stage.gigabytes_per_s is not None:
-        rate, share = f"{stage.gigabytes_per_s:.1f} GB/s", _percent(stage.mbu, "MBU")
-    if stage.gigaflops_per_s is not None:
-        rate, share = f"{stage.gigaflops_per_s:.1f} GFLOP/s", _percent(stage.mfu, "MFU")
+    rates = [
+        f"{value:.1f} {unit}"
+        for value, unit in ((stage.gigabytes_per_s, "GB/s"), (stage.gigaflops_per_s, "GFLOP/s"))
+        if value is not None
+    ]
+    shares = [f"{share:.0%} {name}" for share, name in ((stage.mbu, "MBU"), (stage.mfu, "MFU")) if share is not None]
     clock = " (GPU)" if stage.device else ""
-    return (f"{name}{clock}", *_numbers(stage.device or stage.wall), rate, share)
+    return (f"{name}{clock}", *_numbers(stage.device or stage.wall), ", ".join(rates), ", ".join(shares))
 
 
 def _latency_row(run: Run) -> tuple[str, ...]:
@@ -125,10 +126,6 @@ def _latency_row(run: Run) -> tuple[str, ...]:
 def _numbers(found: Summary) -> tuple[str, ...]:
     values = (found.p50, found.p90, found.p99, found.mean, found.std)
     return (*("-" if value is None else f"{value:.3f}" for value in values), str(found.n))
-
-
-def _percent(share: float | None, name: str) -> str:
-    return "" if share is None else f"{share:.0%} {name}"
 
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
@@ -177,9 +174,10 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
                 "stage": name,
                 "clock": "gpu" if stage and stage.device else "wall",
                 **{f"{key}_ms" if key != "n" else key: value for key, value in found.items()},
-                "gigabytes_per_s": stage.gigabytes_per_s if stage else None,
-                "mbu": stage.mbu if stage else None,
+                **{key: getattr(stage, key, None) for key in ("gigabytes_per_s", "mbu", "gigaflops_per_s", "mfu")},
                 **rates,
+                "peak_rss_bytes": record.memory.peak_rss,
+                "joules_per_answer": run.energy.joules_per_answer if run.energy else None,
             }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
@@ -11,26 +13,33 @@ from paliedge.roofline import decoder_flops, prefill_flops_saved, vision_flops
 
 
 def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, prompt_tokens: int) -> Run:
-    """`run` with achieved bandwidth of decode steps, achieved operations of vision and prefill, and their shares.
+    """`run` with achieved bandwidth and operations of vision, prefill and decode steps, and their shares.
 
-    A decode step of one request reads the decoder's weights and all of the cache once; a step that several
-    requests share reads the weights once for all, so it has no such figure.
+    Each reads its weights once, a decode step of one request all of the cache, too; a step that several requests
+    share reads the weights once for all, so it has no such figure. The roof of operations is that of floats.
     """
     prefix = manifest.model.vision.num_image_tokens + prompt_tokens
     skipped = prefill_flops_saved(manifest, prefix) if target.prefill else 0
-    flops = {"vision": vision_flops(manifest.model), "prefill": decoder_flops(manifest, prefix, prefix) - skipped}
-    stages = {
-        name: _with_flops(stage, flops[name], roofs) if name in flops else stage for name, stage in run.stages.items()
+    needs = {
+        "vision": (_file_bytes(manifest, target.vision_encoder.weights), vision_flops(manifest.model)),
+        "prefill": (
+            _file_bytes(manifest, (target.prefill or target.decoder).weights),
+            decoder_flops(manifest, prefix, prefix) - skipped,
+        ),
     }
-    if run.batch == 1 and "token" in stages:
-        stages["token"] = _with_bytes(stages["token"], step_bytes(manifest, target), roofs)
+    if run.batch == 1:
+        needs["token"] = step_bytes(manifest, target), decoder_flops(manifest, 1, prefix)
+    if target.precision in ("int8", "int4"):
+        roofs = msgspec.structs.replace(roofs, flops_per_s=None)
+    stages = {
+        name: _with_shares(stage, *needs[name], roofs) if name in needs else stage for name, stage in run.stages.items()
+    }
     return msgspec.structs.replace(run, stages=stages)
 
 
 def step_bytes(manifest: Manifest, target: Target) -> int:
     """Bytes that one decode step reads: the files of the decoder's weights, and the cache at its capacity."""
-    weights = sum(manifest.files[name].size for name in target.decoder.weights)
-    cache = 0
+    weights, cache = _file_bytes(manifest, target.decoder.weights), 0
     for tensor in target.decoder.inputs:
         if tensor.name.startswith("past_key_values."):
             heads, dim = tensor.shape[1], tensor.shape[3]
@@ -40,23 +49,20 @@ def step_bytes(manifest: Manifest, target: Target) -> int:
     return weights + cache
 
 
-def _with_flops(stage: Stage, flops: int, roofs: Roofs) -> Stage:
+def _file_bytes(manifest: Manifest, names: Sequence[str]) -> int:
+    return sum(manifest.files[name].size for name in names)
+
+
+def _with_shares(stage: Stage, num_bytes: int, flops: int, roofs: Roofs) -> Stage:
     seconds = _seconds(stage)
     if not seconds:  # images that were encoded before
         return stage
     return msgspec.structs.replace(
         stage,
-        gigaflops_per_s=flops / seconds / 1e9,
-        mfu=flops / seconds / roofs.flops_per_s if roofs.flops_per_s else None,
-    )
-
-
-def _with_bytes(stage: Stage, num_bytes: int, roofs: Roofs) -> Stage:
-    seconds = _seconds(stage)
-    return msgspec.structs.replace(
-        stage,
         gigabytes_per_s=num_bytes / seconds / 1e9,
+        gigaflops_per_s=flops / seconds / 1e9,
         mbu=num_bytes / seconds / roofs.read_bytes_per_s if roofs.read_bytes_per_s else None,
+        mfu=flops / seconds / roofs.flops_per_s if roofs.flops_per_s else None,
     )
 
 

@@ -146,7 +146,7 @@ def _measure(
         cold_start,
         options.num_threads,
     )
-    progress = _Progress()
+    progress = _Progress(shows=sys.stderr.isatty())
     record = bench(bundle or SHIPPED_BUNDLE, options, settings, report=_say, progress=progress)
     progress.end()
     click.echo(_to_json(record) if as_json else to_text(record))
@@ -219,18 +219,16 @@ def _batches(text: str) -> list[int]:
 class _Progress:
     """A line on a terminal that is written over, at most ten times a second."""
 
-    def __init__(self) -> None:
-        self._shows = sys.stderr.isatty()
+    def __init__(self, *, shows: bool) -> None:
+        self._shows = shows
         self._last = 0.0
 
     def __call__(self, plan: Plan, trace: Trace) -> None:
         now = time.monotonic()
         if self._shows and now - self._last > 0.1:
             self._last = now
-            latest = trace.latencies_ms[-1]
-            click.echo(
-                f"\r{plan.scenario} {plan.batch}: {len(trace.answers)} answers, {latest:.1f} ms  ", err=True, nl=False
-            )
+            latest = f", {trace.latencies_ms[-1]:.1f} ms" if trace.latencies_ms else ""
+            click.echo(f"\r{plan.scenario} {plan.batch}: {len(trace.answers)} answers{latest}  ", err=True, nl=False)
 
     def end(self) -> None:
         if self._shows:
