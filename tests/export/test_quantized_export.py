@@ -74,6 +74,14 @@ def test_all_targets_pass_the_gate(precision: Precision, mild: Path, tmp_path: P
     kinds = {"int8": {"DynamicQuantizeMatMul", "MatMulNBits"}, "int4": {"MatMulNBits"}}
     assert kinds[precision] <= operators(tmp_path / "b", manifest.targets["cpu"].decoder.file)
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators(tmp_path / "b", "vision_encoder.opset20.onnx")
+    decoder = onnx.load(tmp_path / "b" / manifest.targets["cpu"].decoder.file, load_external_data=False)
+    levels = {
+        attribute.i
+        for node in decoder.graph.node
+        for attribute in node.attribute
+        if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level"
+    }
+    assert levels == {4}  # products of integers: with 0, 8-bit weights are a hundred times slower
 
 
 def operators(folder: Path, file: str) -> set[str]:
