@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +30,7 @@ def jetson(tmp_path: Path) -> Path:
     write(tmp_path, "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "schedutil\n")
     for core in range(2):
         write(tmp_path, f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", "1510400\n")
+    write(tmp_path, "sys/class/devfreq/17000000.gpu/cur_freq", "625000000\n")
     write(tmp_path, "sys/class/thermal/thermal_zone0/type", "gpu-thermal\n")
     write(tmp_path, "sys/class/thermal/thermal_zone0/temp", "51250\n")
     sensor = "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3"
@@ -42,11 +46,21 @@ def test_conditions_are_read_and_what_is_not_there_is_left_out(jetson: Path) -> 
     assert found["memory"] == "7620000 kB"
     assert found["governor"] == "schedutil"
     assert found["clocks"] == "1510 MHz, 1510 MHz"
+    assert found["gpu clock"] == "625 MHz"
     assert found["temperatures"] == "gpu-thermal 51 C"
     assert found["load average"] == "0.50 0.40 0.30"
     assert "paliedge" in found["packages"]
     assert "throttle count" not in found
     assert "" not in found.values()
+
+
+def test_the_power_mode_and_the_revision_of_the_code_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paliedge.benching.conditions.read_power_mode", lambda: "MAXN_SUPER")
+    found = describe_conditions()
+    assert found["power mode"] == "MAXN_SUPER"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert found["git"].removesuffix("-dirty") == revision
 
 
 def test_a_jetsons_own_sensor_counts_joules(jetson: Path) -> None:
@@ -59,6 +73,37 @@ def test_a_jetsons_own_sensor_counts_joules(jetson: Path) -> None:
     joules, seconds = meter.joules() - first, time.perf_counter() - started
     meter.close()
     assert joules == pytest.approx(10.0 * seconds, rel=0.3)  # 5 V x 2 A
+
+
+def test_without_an_input_rail_the_others_are_added(jetson: Path) -> None:
+    """As on an AGX Orin, whose two sensors have these rails."""
+    for chip, rails in (("1-0040", ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")), ("1-0041", ("VDDQ_VDD2_1V8AO",))):
+        for number, rail in enumerate(rails, 1):
+            folder = f"sys/bus/i2c/drivers/ina3221/{chip}/hwmon/hwmon3"
+            write(jetson, f"{folder}/in{number}_label", f"{rail}\n")
+            write(jetson, f"{folder}/in{number}_input", "5000\n")
+            write(jetson, f"{folder}/curr{number}_input", f"{1000 * number}\n")
+    meter = find_meter(jetson, gpu=True)
+    assert meter is not None
+    assert meter.sensor == "INA3221 VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0"
+    started, first = time.perf_counter(), meter.joules()
+    time.sleep(0.5)
+    joules, seconds = meter.joules() - first, time.perf_counter() - started
+    meter.close()
+    assert joules == pytest.approx(30.0 * seconds, rel=0.3)  # 5 V x (1 + 2 + 3) A
+
+
+def test_nvml_counts_the_gpus_millijoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetTotalEnergyConsumption=lambda device: 5000,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = find_meter(tmp_path, gpu=True)
+    assert meter is not None
+    assert meter.sensor.startswith("NVML")
+    assert meter.joules() == 5.0
 
 
 def test_rapl_counts_packages_and_not_their_parts(tmp_path: Path) -> None:
@@ -81,8 +126,15 @@ def test_a_machine_where_others_work_is_not_quiet(jetson: Path) -> None:
     assert "not quiet" in watch.warnings()[0]
 
 
-def test_a_throttled_processor_is_told(jetson: Path) -> None:
-    counter = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+@pytest.mark.parametrize(
+    "counter",
+    [
+        "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count",
+        "sys/class/hwmon/hwmon2/oc3_event_cnt",
+        "sys/class/thermal/cooling_device1/cur_state",
+    ],
+)
+def test_a_throttled_processor_is_told(jetson: Path, counter: str) -> None:
     write(jetson, counter, "3\n")
     watch = QuietWatch(jetson)
     assert watch.warnings() == []

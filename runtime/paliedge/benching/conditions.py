@@ -18,6 +18,12 @@ from paliedge.doctor import read_power_mode
 _PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
 _BUSY_SHARE = 0.05
 """Of the processors; what others may take before figures are doubtful."""
+_THROTTLE_COUNTS = (
+    "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count",
+    "sys/class/hwmon/hwmon*/oc*_event_cnt",
+    "sys/class/thermal/cooling_device*/cur_state",
+)
+"""Of x86, a Jetson's over-current events, and how far a cooling device slows something down at the moment."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -45,9 +51,8 @@ def describe_state(root: Path = Path("/")) -> dict[str, str]:
     clocks = [_read(path).strip() for path in sorted(root.glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"))]
     zones = sorted(root.glob("sys/class/thermal/thermal_zone*"))
     temperatures = {_read(zone / "type").strip(): _read(zone / "temp").strip() for zone in zones}
-    throttled = [
-        int(_read(path) or 0) for path in root.glob("sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
-    ]
+    throttled = [int(_read(path) or 0) for pattern in _THROTTLE_COUNTS for path in root.glob(pattern)]
+    gpus = [_read(path).strip() for path in sorted(root.glob("sys/class/devfreq/*gpu*/cur_freq"))]
     return {
         "load average": " ".join(_read(root / "proc/loadavg").split()[:3]),
         "clocks": ", ".join(f"{int(clock) // 1000} MHz" for clock in clocks if clock.isdigit()),
@@ -55,6 +60,7 @@ def describe_state(root: Path = Path("/")) -> dict[str, str]:
             f"{name} {int(value) / 1000:.0f} C" for name, value in temperatures.items() if value.lstrip("-").isdigit()
         ),
         "throttle count": str(sum(throttled)) if throttled else "",
+        "gpu clock": ", ".join(f"{int(clock) // 10**6} MHz" for clock in gpus if clock.isdigit()),
         "emc clock": _read(root / "sys/kernel/debug/bpmp/debug/clk/emc/rate").strip(),
     }
 
@@ -78,7 +84,7 @@ class QuietWatch:
         if (share := self.busy_share()) > _BUSY_SHARE:
             found.append(f"other processes took {share:.0%} of the processors: the machine was not quiet")
         if describe_state(self._root)["throttle count"] != self._throttled:
-            found.append("the processor was throttled by its temperature")
+            found.append("the machine was throttled, or its cooling changed")
         return found
 
     def _read(self) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 | sensor | where | what it tells |
 |---|---|---|
-| INA3221 of a Jetson, in sysfs | the board's input rail | volts and amperes, sampled |
+| INA3221 of a Jetson, in sysfs | the module's input, or the sum of its rails | volts and amperes, sampled |
 | NVML, of `nvidia-ml-py` | desktop GPUs | the GPU's joules since the driver was loaded |
 | RAPL, in sysfs | Intel and AMD processors, for root | the package's joules |
 """
@@ -16,7 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-_INPUT_RAILS = ("VDD_IN", "VIN_SYS_5V0", "VDD_GPU_SOC")
+_INPUT_RAIL = "VDD_IN"
+_AGX_RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
+"""An AGX Orin does not measure its input; these do not contain one another, other rails lie behind the last."""
 _PERIOD_S = 0.05
 
 
@@ -74,15 +76,22 @@ def find_meter(root: Path = Path("/"), *, gpu: bool = False) -> Meter | None:
 
 
 def _jetson(root: Path) -> Meter | None:
-    def meter(rail: str, volts: Path, amperes: Path) -> Meter:
-        return SamplingMeter(f"INA3221 {rail}", lambda: int(_text(volts)) * int(_text(amperes)) / 1e6)
+    """All power of the module: from its input, or from the rails that are fed by it."""
+    rails = {
+        _text(path): (folder / f"in{number}_input", folder / f"curr{number}_input")
+        for folder in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"))
+        for path in folder.glob("in*_label")
+        for number in [path.name.removeprefix("in").removesuffix("_label")]
+    }
+    wanted = [_INPUT_RAIL] if _INPUT_RAIL in rails else [name for name in _AGX_RAILS if name in rails]
+    if not wanted:
+        return None
 
-    for folder in sorted(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*")):
-        rails = {_text(path): path.name.removeprefix("in").removesuffix("_label") for path in folder.glob("in*_label")}
-        for rail in _INPUT_RAILS:
-            if rail in rails:
-                return meter(rail, folder / f"in{rails[rail]}_input", folder / f"curr{rails[rail]}_input")
-    return None
+    def watts() -> float:
+        """Millivolts by milliamperes."""
+        return sum(int(_text(volts)) * int(_text(amperes)) / 1e6 for volts, amperes in map(rails.__getitem__, wanted))
+
+    return SamplingMeter(f"INA3221 {' + '.join(wanted)}", watts)
 
 
 def _nvml() -> Meter | None:
