@@ -260,6 +260,29 @@ def _overlap() -> Iterator[str]:
         yield _table(("bundle", "a picture, ms", "overlapped, ms", "times as many pictures"), rows)
 
 
+def _operators() -> Iterator[str]:
+    found = _load("operator_times.json")
+    if found:
+        yield (
+            "Where the time goes, by ONNX Runtime's profiler, for bundles that miss a target or come near it; "
+            "`python -m benchmarks.operator_times BUNDLE ...`:"
+        )
+        rows = [
+            [
+                f"{one['precision']}{', fast prefill' if one['fast_prefill'] else ''}",
+                f"{one['image_size']}, {one['layers'][0]} + {one['layers'][1]} layers",
+                stage,
+                f"{part['seconds']:.3g}",
+                *(f"{share:.0%}" for share in part["groups"].values()),
+                ", ".join(f"{name.split(',')[0]} {share:.0%}" for name, share in list(part["operators"].items())[:3]),
+            ]
+            for one in found["bundles"]
+            for stage, part in one["stages"].items()
+        ]
+        head = ("bundle", "pixels, size", "stage", "seconds", "linear layers", "attention", "the rest", "most")
+        yield _table(head, rows)
+
+
 def _jetsons() -> Iterator[str]:
     found = _load("jetson_floors.json")
     if found:
@@ -295,7 +318,7 @@ def _boards() -> Iterator[str]:
         yield _table(_BENCH_HEAD, rows)
 
 
-_PARTS = (_ours, _peers, _decoders, _scaling, _overlap, _jetsons, _boards)
+_PARTS = (_ours, _peers, _decoders, _operators, _scaling, _overlap, _jetsons, _boards)
 
 
 def _machine(record: Record) -> str:

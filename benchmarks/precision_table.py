@@ -63,6 +63,12 @@ def _variant(one: dict[str, Any]) -> str:
     return f"{one['precision']}{budget}{vision}"
 
 
+def _bandwidth() -> str:
+    found = _load(_SPEED)
+    low, high = (value / 1e9 for value in found["read_bandwidth_range"])
+    return f"{found['read_bandwidth'] / 1e9:.1f} ({low:.1f} to {high:.1f})"
+
+
 def speed_table() -> str:
     """PaliGemma-3B's size on the CPU; rivals stand in the performance section."""
     engines = {name: one for name, one in _load(_SPEED)["engines"].items() if one["peer"] == "paliedge"}
@@ -120,9 +126,9 @@ def render() -> str:
             "scenes, it loses neither and is no smaller than int8. 16 bits in the vision encoder change nothing.",
             quality_table(),
             "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
-            "of one interleaved run (`python -m benchmarks.peers.whole_model 3b --work FOLDER`). "
+            "of an interleaved run (`python -m benchmarks.peers.whole_model 3b --work FOLDER`). "
             '"Times faster" is against transformers\' fastest answer, "of the machine\'s" the share of '
-            f"{_load(_SPEED)['read_bandwidth'] / 1e9:.1f} GB/s, what a probe between the engines read; engines with * "
+            f"{_bandwidth()} GB/s, what a probe between the engines read; engines with * "
             "took turns in an earlier run, with its own transformers and probe:",
             speed_table(),
             "Engines of that size, both profiles (`python -m benchmarks.rtx_build`):",

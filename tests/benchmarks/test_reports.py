@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_report
+from benchmarks import bench_report, operator_times
 from benchmarks.jetson_floors import floors
 from benchmarks.overlap import make_pictures, measure
 from benchmarks.scaling import flatness, growth, operations
@@ -38,6 +38,18 @@ def test_overlap_is_measured_on_the_same_pictures() -> None:
     ratio = found["seconds_a_picture"] / found["seconds_a_picture_overlapped"]
     assert found["speedup"] == pytest.approx(ratio, abs=0.01)
     assert found["speedup_range"] == [found["speedup"]] * 2
+
+
+def test_operators_are_told_apart_by_stage_and_group() -> None:
+    found = operator_times.measure(SHIPPED_BUNDLE, 1)["stages"]
+    assert list(found) == ["vision", "prefill", "token"]
+    for stage in found.values():
+        assert sum(stage["groups"].values()) == pytest.approx(1, abs=0.01)
+        assert stage["groups"]["linear layers"] > 0.2
+    assert "MultiHeadAttention, attention" in found["vision"]["operators"]
+    assert found["token"]["seconds"] < found["prefill"]["seconds"]
+    assert operator_times.group_of("MatMul", 2) == "attention"
+    assert operator_times.group_of("MatMul", 1) == "linear layers"
 
 
 def test_operations_are_those_of_vision_and_prefill() -> None:
