@@ -121,9 +121,9 @@ def render() -> str:
     """All that stands between the markers."""
     return "\n\n".join(
         (
-            "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`). Plain int4 "
-            "keeps the boxes of this small model and loses captions; with `--sensitivity 50`, a budget chosen on these "
-            "scenes, it loses neither and is no smaller than int8. 16 bits in the vision encoder change nothing.",
+            "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`). Its decoder "
+            "was trained with weights rounded to 4 bits: int4 may cost other models of its size more, for which there "
+            "is `--sensitivity`. 16 bits in the vision encoder change nothing.",
             quality_table(),
             "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
             "of an interleaved run (`python -m benchmarks.peers.whole_model 3b --work FOLDER`). "

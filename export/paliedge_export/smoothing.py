@@ -28,6 +28,9 @@ _STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _SAMPLED_COLUMNS = 256
 """Output channels that an error is estimated on."""
 _LARGEST_SCALE = 1024.0
+_WORTHWHILE = 0.95
+"""Of the error without scales: what must be left at most for scales to be taken. Weights that were trained in the
+grid that they will be rounded to lose more by leaving it than an estimate this close can say."""
 
 
 class Smoothed(Mapping[str, Array]):
@@ -108,10 +111,10 @@ def unsmoothed(checkpoint: Checkpoint, statistics: Statistics) -> Smoothing:
 
 
 def _choose(checkpoint: Checkpoint, linear: Linear, found: InputStatistics, bits: int) -> tuple[float, Floats | None]:
-    """The strength whose error is least, and its scales; 0 and None where none is better."""
+    """The strength whose error is least, and its scales; 0 and None where none is clearly better."""
     weight = np.concatenate([_some_rows(checkpoint[name]) for name in linear.weights]).T  # [K, sample]
     error = _error_int8 if bits == 8 else _error_int4
-    best = error(weight, found.absmax, found.mean_square)
+    best = _WORTHWHILE * error(weight, found.absmax, found.mean_square)
     strength, chosen = 0.0, None
     for candidate in _STRENGTHS:
         scales = _scales(linear, found, weight, candidate, bits)

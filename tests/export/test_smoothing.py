@@ -26,7 +26,7 @@ from paliedge_export.linears import linears
 from paliedge_export.metadata import read_preprocess, read_tokens
 from paliedge_export.samples import builtin_samples
 from paliedge_export.smoothing import Smoothing, smooth, unsmoothed
-from paliedge_export.statistics import Statistics
+from paliedge_export.statistics import InputStatistics, Statistics
 from paliedge_export.weights import Encoding, Tensors, quantized_bits
 from paliedge_export.writer import Source, write_all_weights, write_bundle
 from tests.tiny import make_tiny
@@ -228,6 +228,15 @@ def test_integers_of_the_smoothed_layers_are_nearer_to_the_floats(smoothed: Smoo
         if linear.producers:
             shares.append(integer_error(x / divisors, new[used], bits) / integer_error(x, old[used], bits))
     assert max(shares) < {"int8": 0.05, "int4": 0.5}[smoothed.precision]
+
+
+def test_4_bit_layers_whose_channels_are_nearly_alike_keep_the_grid_that_they_may_be_trained_in(loud: Loud) -> None:
+    rng = np.random.default_rng(0)
+    alike = Statistics("drawn")
+    for linear in linears(loud.config):
+        sizes = rng.uniform(0.98, 1.02, linear.width).astype(np.float32)
+        alike.inputs[linear.name] = InputStatistics(3 * np.sqrt(sizes), sizes, 100)
+    assert set(smooth(loud.checkpoint, loud.config, alike, lambda _: 4).strengths.values()) == {0}
 
 
 def test_unsmoothed_leaves_everything_as_it_is(loud: Loud) -> None:
