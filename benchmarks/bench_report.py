@@ -9,10 +9,12 @@ figures; a result that is not there is left out, but a table never mixes machine
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.operator_times import GROUPS
 from paliedge.benching.plots import plot
 from paliedge.benching.record import Record, read_record
 
@@ -35,6 +37,7 @@ def render() -> str:
 def main() -> None:
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
+    shutil.rmtree(RESULTS / "plots", ignore_errors=True)
     for model, records in _by_model().items():
         plot(records, RESULTS / "plots" / model)
     README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
@@ -279,7 +282,7 @@ def _operators() -> Iterator[str]:
             for one in found["bundles"]
             for stage, part in one["stages"].items()
         ]
-        head = ("bundle", "pixels, size", "stage", "seconds", "linear layers", "attention", "the rest", "most")
+        head = ("bundle", "pixels, size", "stage", "seconds", *GROUPS, "most")
         yield _table(head, rows)
 
 

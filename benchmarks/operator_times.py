@@ -100,11 +100,25 @@ def group_of(kind: str, num_activations: int) -> str:
 
 
 def by_stage(graphs: Sequence[Sequence[GraphRun]]) -> dict[str, list[GraphRun]]:
-    """Of vision encoder, decoder and, if there is one, prefill, without the first answer."""
+    """Of vision encoder, decoder and, if there is one, prefill, without the first answer.
+
+    Behind a prefill of its own the decoder's first run of an answer, on the last token of the prompt, belongs to it.
+    """
     vision, decoder, *own_prefill = graphs
     whole = [decoder[start : start + NUM_TOKENS] for start in range(NUM_TOKENS, len(decoder), NUM_TOKENS)]
-    prefills = own_prefill[0][1:] if own_prefill else [answer[0] for answer in whole]
-    return {"vision": list(vision[1:]), "prefill": list(prefills), "token": [run for one in whole for run in one[1:]]}
+    prefills = [answer[0] for answer in whole]
+    if own_prefill:
+        prefills = [add(*both) for both in zip(own_prefill[0][1:], prefills, strict=True)]
+    return {"vision": list(vision[1:]), "prefill": prefills, "token": [run for one in whole for run in one[1:]]}
+
+
+def add(first: GraphRun, second: GraphRun) -> GraphRun:
+    """Both, one behind the other."""
+    operators = {
+        key: first.operators.get(key, 0.0) + second.operators.get(key, 0.0)
+        for key in {*first.operators, *second.operators}
+    }
+    return GraphRun(first.seconds + second.seconds, operators)
 
 
 def summarise(runs: Sequence[GraphRun]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def speed_table() -> str:
                 f"{one['prefill']:.2f}",
                 f"{1000 * one['token']:.0f}",
                 f"{one['answer']:.2f} ({low:.2f} to {high:.2f})",
-                f"{one['speedup_over_best_transformers']:.2f}",
+                f"{one['speedup_over_best_transformers']:.2f}" if "speedup_over_best_transformers" in one else "-",
                 f"{one['decoder_bytes'] / 1e9:.2f}",
                 f"{one['decode_bandwidth'] / 1e9:.1f}",
                 f"{one['share_of_read_bandwidth']:.0%}",

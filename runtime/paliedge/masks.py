@@ -36,9 +36,12 @@ class Mask:
         width, height = self.image_wh
         left, top, right, bottom = self._pixels()
         whole = np.zeros((height, width), np.bool_)
-        stretched = Image.fromarray(self.values).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
-        inside = np.asarray(stretched)[max(-top, 0) : height - top, max(-left, 0) : width - left] > 0
-        whole[max(top, 0) : bottom, max(left, 0) : right] = inside
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        rows, columns = self.values.shape
+        across, down = columns / (right - left), rows / (bottom - top)
+        visible = ((x1 - left) * across, (y1 - top) * down, (x2 - left) * across, (y2 - top) * down)
+        picture = Image.fromarray(self.values)
+        whole[y1:y2, x1:x2] = np.asarray(picture.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR, visible)) > 0
         return whole
 
     def to_polygons(self) -> list[Polygon]:

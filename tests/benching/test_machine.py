@@ -12,7 +12,7 @@ import pytest
 
 from paliedge.benching.conditions import QuietWatch, describe_conditions
 from paliedge.benching.power import find_meter
-from paliedge.benching.roofs import measure_cpu
+from paliedge.benching.roofs import measure_cpu, measure_cpu_apart
 
 
 def write(root: Path, name: str, content: str) -> None:
@@ -93,6 +93,11 @@ def test_without_an_input_rail_the_others_are_added(jetson: Path) -> None:
     assert joules == pytest.approx(30.0 * seconds, rel=0.3)  # 5 V x (1 + 2 + 3) A
 
 
+def test_a_sum_of_rails_that_lacks_one_is_no_figure(jetson: Path) -> None:
+    write(jetson, "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3/in1_label", "VDD_GPU_SOC\n")
+    assert find_meter(jetson, gpu=False) is None
+
+
 def test_nvml_counts_the_gpus_millijoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = SimpleNamespace(
         nvmlInit=lambda: None,
@@ -126,12 +131,22 @@ def test_a_machine_where_others_work_is_not_quiet(jetson: Path) -> None:
     assert "not quiet" in watch.warnings()[0]
 
 
+@pytest.mark.parametrize(("kind", "words"), [("cpufreq-cpu0", ["cooling slowed"]), ("pwm-fan", [])])
+def test_a_device_that_cooling_slows_down_is_told_and_a_fan_is_none(jetson: Path, kind: str, words: list[str]) -> None:
+    device = "sys/class/thermal/cooling_device1"
+    write(jetson, f"{device}/type", f"{kind}\n")
+    write(jetson, f"{device}/cur_state", "0\n")
+    watch = QuietWatch(jetson)
+    assert watch.warnings() == []
+    write(jetson, f"{device}/cur_state", "2\n")
+    assert [text[:14] for text in watch.warnings()] == words
+
+
 @pytest.mark.parametrize(
     "counter",
     [
         "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count",
         "sys/class/hwmon/hwmon2/oc3_event_cnt",
-        "sys/class/thermal/cooling_device1/cur_state",
     ],
 )
 def test_a_throttled_processor_is_told(jetson: Path, counter: str) -> None:
@@ -140,6 +155,13 @@ def test_a_throttled_processor_is_told(jetson: Path, counter: str) -> None:
     assert watch.warnings() == []
     write(jetson, counter, "4\n")
     assert "throttled" in watch.warnings()[0]
+
+
+def test_a_probe_that_fails_leaves_no_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    found = measure_cpu_apart(1)
+    assert (found.read_bytes_per_s, found.flops_per_s) == (None, None)
+    assert "not measured" in found.how
 
 
 def test_roofs_are_what_arithmetic_can_reach() -> None:

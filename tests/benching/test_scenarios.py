@@ -112,11 +112,11 @@ def test_offline_gives_all_at_once_in_whole_batches(clock: Clock) -> None:
 
 
 def test_bursts_of_an_offline_run_are_evened_out() -> None:
-    samples = [18.0, 9.0, 0.0] * 40
-    found = _stretches(samples)
-    assert len(found) == 12
-    assert all(value == pytest.approx(9.0, abs=1.0) for value in found)
-    assert _stretches([5.0, 7.0]) == [5.0, 7.0]
+    found = _stretches([18.0, 9.0, 0.0] * 40)
+    assert len(found) == 20
+    assert found == pytest.approx([9.0] * 20)
+    for length in (1, 2, 7, 13, 35):
+        assert _stretches([4.0] * length) == [4.0] * max(1, length // 6)
 
 
 def test_a_fast_model_waits_for_the_camera(clock: Clock) -> None:

@@ -61,6 +61,7 @@ def test_losses_are_found() -> None:
     ]
     assert [fault.split(" lost")[0] for fault in find_losses(exports)] == [
         "cpu int4 0.0: detect_ap50",
+        "cpu int4 0.0: caption_exact_match",
         "cpu int4 0.5: caption_exact_match",
         "jetpack6 int8 0.0: caption_exact_match",
     ]

@@ -45,7 +45,7 @@ def test_operators_are_told_apart_by_stage_and_group() -> None:
     assert list(found) == ["vision", "prefill", "token"]
     for stage in found.values():
         assert sum(stage["groups"].values()) == pytest.approx(1, abs=0.01)
-        assert stage["groups"]["linear layers"] > 0.2
+        assert stage["groups"]["linear layers"] > 0.1
     assert "MultiHeadAttention, attention" in found["vision"]["operators"]
     assert found["token"]["seconds"] < found["prefill"]["seconds"]
     assert operator_times.group_of("MatMul", 2) == "attention"

@@ -144,7 +144,7 @@ def test_a_verb_asks_in_the_words_of_its_options(verb: list[str], prompt: str, a
 
 
 def test_predict_shows_boxes_where_the_answer_has_some() -> None:
-    for options in ([], ["--conf", "0.03"], ["--free"], ["--only-asked"]):
+    for options in ([], ["--conf", "0.03"], ["--free"]):
         found = run("predict", SCENE, f"detect {LABELS}", *options).stdout
         assert found == run("detect", SCENE, LABELS, *options).stdout
 

@@ -16,11 +16,11 @@ from paliedge.benching import roofs as probes
 from paliedge.benching.cold_start import measure_cold_start
 from paliedge.benching.conditions import QuietWatch, describe_conditions, describe_state
 from paliedge.benching.power import Meter, find_meter
-from paliedge.benching.record import Accuracy, Memory, Record, Run, Subject
+from paliedge.benching.record import Accuracy, Memory, Record, Roofs, Run, Subject
 from paliedge.benching.scenarios import Limits, Plan, Query, Trace, run
 from paliedge.benching.shares import add_shares
 from paliedge.bundle import Bundle
-from paliedge.errors import DeviceError, UsageError
+from paliedge.errors import DeviceError, PaliEdgeError, UsageError
 from paliedge.golden import load_golden, verify_golden
 from paliedge.images import ImageSource
 from paliedge.manifest import Manifest, Target
@@ -80,8 +80,8 @@ def bench(
     with PaliGemma.load(folder, options, report=said.append) as model:
         report(said[-1])
         doubts = _batch_warnings(model, settings.plans)
-        on_gpu = model.has_device_clock or "CUDA" in said[-1]
-        roofs = probes.measure_gpu() if on_gpu else probes.measure_cpu_apart(settings.num_threads or _num_cores())
+        on_gpu = model.has_device_clock or "CUDA" in _backend(said[-1])
+        roofs = _measure_roofs(settings.num_threads or _num_cores(), on_gpu=on_gpu)
         runs, interrupted = _run_all(model, queries, settings, progress, find_meter(gpu=on_gpu))
         accuracy = None
         if not interrupted:
@@ -160,6 +160,21 @@ def _run_all(
     return runs, False
 
 
+def _measure_roofs(num_threads: int, *, on_gpu: bool) -> Roofs:
+    """Of what the model runs on; a GPU that cannot be probed, as without cuda-bindings, has none."""
+    if not on_gpu:
+        return probes.measure_cpu_apart(num_threads)
+    try:
+        return probes.measure_gpu()
+    except PaliEdgeError as error:
+        return probes.no_roofs(error.found)
+
+
+def _backend(said: str) -> str:
+    """What runs the model, of the line that says so, without the reason in brackets."""
+    return said.split(" (")[0]
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -199,7 +214,7 @@ def _free_gpu_bytes() -> int | None:
 
 def _target_of(manifest: Manifest, said: str) -> str:
     """The target whose graphs ran: an engine's own, or the one that ONNX Runtime is given."""
-    if "ONNX Runtime" in said.split("(")[0]:
+    if "ONNX Runtime" in _backend(said):
         return find_ort_target(Path(), manifest)
     return next(engine.target for engine in manifest.engines)
 

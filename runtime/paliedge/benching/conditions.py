@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,9 +22,8 @@ _BUSY_SHARE = 0.05
 _THROTTLE_COUNTS = (
     "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count",
     "sys/class/hwmon/hwmon*/oc*_event_cnt",
-    "sys/class/thermal/cooling_device*/cur_state",
 )
-"""Of x86, a Jetson's over-current events, and how far a cooling device slows something down at the moment."""
+"""Of x86, and a Jetson's over-current events."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -61,8 +61,17 @@ def describe_state(root: Path = Path("/")) -> dict[str, str]:
         ),
         "throttle count": str(sum(throttled)) if throttled else "",
         "gpu clock": ", ".join(f"{int(clock) // 10**6} MHz" for clock in gpus if clock.isdigit()),
+        "slowed by cooling": ", ".join(_cooling(root)),
         "emc clock": _read(root / "sys/kernel/debug/bpmp/debug/clk/emc/rate").strip(),
     }
+
+
+def _cooling(root: Path) -> Iterator[str]:
+    """Devices that cooling slows down at the moment, and by how many steps; fans are none."""
+    for device in sorted(root.glob("sys/class/thermal/cooling_device*")):
+        kind, state = _read(device / "type").strip(), _read(device / "cur_state").strip()
+        if "fan" not in kind and state.isdigit() and int(state):
+            yield f"{kind} {state}"
 
 
 class QuietWatch:
@@ -71,7 +80,7 @@ class QuietWatch:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._started = self._read()
-        self._throttled = describe_state(root)["throttle count"]
+        self._before = describe_state(root)
 
     def busy_share(self) -> float:
         """Share of all processor time that went to other processes, 0..1."""
@@ -83,8 +92,11 @@ class QuietWatch:
         found = []
         if (share := self.busy_share()) > _BUSY_SHARE:
             found.append(f"other processes took {share:.0%} of the processors: the machine was not quiet")
-        if describe_state(self._root)["throttle count"] != self._throttled:
-            found.append("the machine was throttled, or its cooling changed")
+        after = describe_state(self._root)
+        if after["throttle count"] != self._before["throttle count"]:
+            found.append("the processor was throttled, by its temperature or current")
+        if slowed := self._before["slowed by cooling"] or after["slowed by cooling"]:
+            found.append(f"cooling slowed the machine down: {slowed}")
         return found
 
     def _read(self) -> tuple[float, float, float]:
@@ -122,7 +134,7 @@ def _power_mode() -> str:
 
 def _git_revision() -> str:
     """Of the clone that this package lies in; empty for an installed one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

@@ -62,7 +62,7 @@ def _draw_stages(axes: Any, records: Sequence[Record]) -> bool:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set(xlabel="milliseconds an answer, medians", title="Where an answer's time goes")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(_PARTS), fontsize="small")
     return bool(pairs)
 
 

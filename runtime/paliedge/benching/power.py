@@ -83,8 +83,8 @@ def _jetson(root: Path) -> Meter | None:
         for path in folder.glob("in*_label")
         for number in [path.name.removeprefix("in").removesuffix("_label")]
     }
-    wanted = [_INPUT_RAIL] if _INPUT_RAIL in rails else [name for name in _AGX_RAILS if name in rails]
-    if not wanted:
+    wanted = (_INPUT_RAIL,) if _INPUT_RAIL in rails else _AGX_RAILS
+    if not rails.keys() >= set(wanted):
         return None
 
     def watts() -> float:

@@ -114,7 +114,7 @@ def _stage_row(name: str, stage: Stage) -> tuple[str, ...]:
         for value, unit in ((stage.gigabytes_per_s, "GB/s"), (stage.gigaflops_per_s, "GFLOP/s"))
         if value is not None
     ]
-    shares = [f"{share:.0%} {name}" for share, name in ((stage.mbu, "MBU"), (stage.mfu, "MFU")) if share is not None]
+    shares = [f"{share:.0%} {roof}" for share, roof in ((stage.mbu, "MBU"), (stage.mfu, "MFU")) if share is not None]
     clock = " (GPU)" if stage.device else ""
     return (f"{name}{clock}", *_numbers(stage.device or stage.wall), ", ".join(rates), ", ".join(shares))
 

@@ -26,10 +26,13 @@ def measure_cpu_apart(num_threads: int) -> Roofs:
     command = [sys.executable, "-m", "paliedge.benching.roofs", str(num_threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE)
     if done.returncode:
-        return Roofs(
-            read_bytes_per_s=None, flops_per_s=None, how=f"not measured: the probe ended with {done.returncode}"
-        )
+        return no_roofs(f"the probe ended with {done.returncode}")
     return msgspec.json.decode(done.stdout, type=Roofs)
+
+
+def no_roofs(reason: str) -> Roofs:
+    """Of a machine that could not be probed."""
+    return Roofs(read_bytes_per_s=None, flops_per_s=None, how=f"not measured: {reason}")
 
 
 def measure_cpu(num_threads: int) -> Roofs:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import NamedTuple
+
+import numpy as np
 
 from paliedge.benching.power import Meter
 from paliedge.benching.record import STAGES, Energy, Run, Scenario, Stage
@@ -22,7 +23,7 @@ from paliedge.results import Generation, Timings
 _WARM_UP_S = 1.0
 """At least so long: clocks rise and pools fill."""
 _IDLE_S = 1.0
-_MOST_STRETCHES = 12
+_SAMPLES_A_STRETCH = 6
 
 
 class Query(NamedTuple):
@@ -243,7 +244,8 @@ def _summary(plan: Plan, trace: Trace, seconds: float, energy: Energy | None, *,
     first: dict[int, tuple[int, ...]] = {}
     changed = sum(first.setdefault(one.place, one.token_ids) != one.token_ids for one in trace.answers)
     num_tokens = _num_tokens(trace)
-    latencies = _stretches(trace.latencies_ms) if plan.scenario == "offline" else trace.latencies_ms
+    in_bursts = plan.scenario == "offline" and plan.batch > 1
+    latencies = _stretches(trace.latencies_ms) if in_bursts else trace.latencies_ms
     return Run(
         scenario=plan.scenario,
         batch=plan.batch,
@@ -265,9 +267,9 @@ def _summary(plan: Plan, trace: Trace, seconds: float, energy: Energy | None, *,
 
 
 def _stretches(samples: list[float]) -> list[float]:
-    """Means of up to a dozen stretches: answers that are decoded together come in bursts."""
-    size = max(1, len(samples) // _MOST_STRETCHES)
-    return [fmean(samples[start : start + size]) for start in range(0, len(samples) - size + 1, size)]
+    """Means of stretches of some samples: answers that are decoded together come in bursts."""
+    stretches = np.array_split(samples, max(1, len(samples) // _SAMPLES_A_STRETCH))
+    return [float(stretch.mean()) for stretch in stretches]
 
 
 def _stages(times: Sequence[Timings], walls_ms: list[float]) -> dict[str, Stage]:

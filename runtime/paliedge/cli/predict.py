@@ -75,7 +75,7 @@ _lang_option = click.option(
 
 
 def _box_options(verb: Verb) -> Verb:
-    """What verbs have that answer in boxes."""
+    """What verbs have that can answer in boxes."""
     for option in (
         click.option(
             "--conf",
@@ -92,21 +92,24 @@ def _box_options(verb: Verb) -> Verb:
             show_envvar=True,
             help="Let the model say whatever it likes; malformed boxes may appear.",
         ),
-        click.option(
-            "--only-asked",
-            is_flag=True,
-            envvar="PALIEDGE_ONLY_ASKED",
-            show_envvar=True,
-            help="No labels but those that are asked for.",
-        ),
     ):
         verb = option(verb)
     return verb
 
 
+_only_asked_option = click.option(
+    "--only-asked",
+    is_flag=True,
+    envvar="PALIEDGE_ONLY_ASKED",
+    show_envvar=True,
+    help="No labels but those that are asked for.",
+)
+
+
 @click.command()
 @click.argument("source")
 @click.argument("labels")
+@_only_asked_option
 @_box_options
 @_answer_options
 def detect(source: str, labels: str, **rest: Any) -> None:
@@ -122,6 +125,7 @@ def detect(source: str, labels: str, **rest: Any) -> None:
 @click.command()
 @click.argument("source")
 @click.argument("labels")
+@_only_asked_option
 @_box_options
 @_answer_options
 def segment(source: str, labels: str, **rest: Any) -> None:
@@ -196,7 +200,7 @@ def ocr(source: str, **rest: Any) -> None:
 def predict(source: str, prompt: str, **rest: Any) -> None:
     """Answer a free PROMPT in the model's own words, such as "caption de".
 
-    --conf, --free and --only-asked are for one that begins with detect or segment.
+    --conf and --free are for one that begins with detect or segment.
     """
     from paliedge.prompt import free_prompt
 
