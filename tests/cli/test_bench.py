@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+from paliedge.benching.bench import _backend
 from paliedge.benching.record import read_record, write_record
 from paliedge.benching.scenarios import Answer, Plan, Trace
 from paliedge.benching.shares import add_shares, step_bytes
@@ -16,6 +17,7 @@ from paliedge.bundle import Bundle
 from paliedge.cli import main
 from paliedge.cli.bench import _Progress
 from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.errors import MissingExtraError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.results import Timings
 from paliedge.roofline import vision_flops
@@ -139,6 +141,21 @@ def test_other_answers_than_the_exporters_are_told_and_nothing_is_lost(monkeypat
     assert result.exit_code == 0
     assert json.loads(result.stdout)["accuracy"]["num_equal"] == 0
     assert "not the exporting machine's" in result.stderr
+
+
+def test_a_gpu_that_cannot_be_probed_has_no_roof_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MissingExtraError(expected="cuda-bindings", found="no such package", action="Install it.")
+
+    monkeypatch.setattr("paliedge.benching.roofs.measure_gpu", fail)
+    monkeypatch.setattr("paliedge.benching.bench._backend", lambda said: "using ONNX Runtime with CUDA")
+    result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
+    roofs = json.loads(result.stdout)["roofs"]
+    assert roofs == {"read_bytes_per_s": None, "flops_per_s": None, "how": "not measured: no such package"}
+
+
+def test_a_reason_that_names_cuda_makes_no_gpu() -> None:
+    assert "CUDA" not in _backend("using ONNX Runtime on the CPU (not rtx: driver for CUDA none)")
 
 
 def test_a_cold_start_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
