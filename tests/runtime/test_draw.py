@@ -50,6 +50,14 @@ def test_pictures_of_any_size_get_tags_and_small_ones_are_enlarged(size_wh: tupl
     assert ImageColor.getrgb(colour_of(LONG)) in colours
 
 
+def test_a_mask_is_drawn_where_its_uncut_box_lies() -> None:
+    """Its left half, which is inside the shape, lies beside the picture."""
+    left_half = np.where(np.arange(64) < 32, 1, -1)[None].repeat(64, 0).astype(np.float32)
+    cut = found("cat", (0, 0, 0.5, 0.5), (800, 800))._replace(mask=Mask(left_half, (-400, 0, 400, 400), (800, 800)))
+    drawn = draw_detections(Image.new("RGB", (800, 800), "grey"), [cut])
+    assert drawn.getpixel((100, 250)) == drawn.getpixel((600, 600)) == ImageColor.getrgb("grey")
+
+
 shares = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99), st.floats(0.001, 1), st.floats(0.001, 1)).map(
     lambda b: (b[0], b[1], min(1.0, b[0] + b[2]), min(1.0, b[1] + b[3]))
 )
