@@ -241,7 +241,8 @@ class _Job:
             statistics = load_statistics(known, widths)
         reference, golden = None, None
         if compare or (quantized and not known):
-            reference, golden = self._refer(samples if quantized and not known else judged, statistics)
+            wanted = samples if quantized and not known else judged
+            reference, golden = self._refer(wanted, statistics, judge=compare)
         fast = self.quantization.fast_prefill
         encoding = Encoding(self.precision, kept_tokens=self.source.kept_tokens, fast_prefill=fast)
         report = PrecisionReport({})
@@ -258,10 +259,13 @@ class _Job:
         manifest = msgspec.structs.replace(manifest, not_compared=dict.fromkeys(self.targets, "the comparison was off"))
         return self._add_report(manifest, report) if quantized else add_files(self.staging, manifest)
 
-    def _refer(self, samples: Sequence[Sample], statistics: Statistics) -> tuple[Answers | None, Answers | None]:
+    def _refer(
+        self, samples: Sequence[Sample], statistics: Statistics, *, judge: bool
+    ) -> tuple[Answers | None, Answers | None]:
         """The reference's answers to the samples that count and to the golden prompts; fills `statistics` if empty.
 
-        A quantised bundle's golden is its own, so None; so are both where there is no reference.
+        Unless it is to `judge`, samples that do nothing else are left out. A quantised bundle's golden is its own, so
+        None; so are both where there is no reference.
         """
         if self.precision == "fp32" and isinstance(self.checkpoint, BigVisionCheckpoint):
             return None, None
@@ -282,6 +286,8 @@ class _Job:
             watch = collect_statistics(statistics, {linear.name for linear in linears(self.source.config)})
             runner.answer(samples[:-MAX_IMAGES], _FP32_GRAPHS, watch=watch, report=self.report)
             if _calibrating(samples):
+                if not judge:
+                    return None, None
                 watch = ignore_outputs  # what is judged has no part in what it is judged by
             answers = runner.answer(samples[-MAX_IMAGES:], _FP32_GRAPHS, watch=watch, report=self.report)
             golden = None if self.precision in QUANTIZED else runner.answer(self.source.golden_samples, _FP32_GRAPHS)
@@ -291,7 +297,7 @@ class _Job:
     def _fp32_graphs(self, tensors: Tensors) -> Iterator[tuple[Path, StoredByLayout]]:
         """A bundle of float32 graphs for `cpu`, for as long as it is needed."""
         with tempfile.TemporaryDirectory(dir=self.staging) as name:
-            self.report("writing fp32 graphs to compare with")
+            self.report("writing fp32 graphs for reference")
             encoding = Encoding("fp32", kept_tokens=self.source.kept_tokens)
             folder = Path(name)
             stored = write_all_weights(folder, self.source, tensors, ("cpu",), encoding)

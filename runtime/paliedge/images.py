@@ -7,6 +7,7 @@ decoder raises leaves here as ImageError with a fixed sentence. Knows nothing of
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 from threading import Lock
@@ -60,6 +61,12 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
         return _decode(source, "the PIL image")
     if isinstance(source, bytes):
         return _decode_file(io.BytesIO(source), f"{len(source)} bytes")
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(
+            expected="a path, the bytes of an image file, a PIL image or a numpy array",
+            found=type(source).__name__,
+            action="Give one of these; several images are a list.",
+        )
     path = Path(source)
     try:
         if not path.is_file():  # a pipe would block, a device never end

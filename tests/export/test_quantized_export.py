@@ -84,6 +84,28 @@ def test_all_targets_pass_the_gate(precision: Precision, mild: Path, tmp_path: P
     assert levels == {4}  # products of integers: with 0, 8-bit weights are a hundred times slower
 
 
+def test_without_a_comparison_nothing_is_answered_that_only_judges(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    make_tiny(folder, "paligemma", **MILD)
+    bring_samples(folder, 48)
+    answered: list[list[str]] = []
+    for compare in (True, False):
+        said: list[str] = []
+        export_bundle(
+            str(folder),
+            tmp_path / f"{compare}",
+            targets=("cpu",),
+            precision="int8",
+            quantization=Quantization(),
+            compare=compare,
+            report=said.append,
+        )
+        answered.append([line for line in said if line.startswith("image ")])
+    assert [len(lines) for lines in answered] == [32 + 16, 32]  # by the fp32 graphs
+    statistics = [(tmp_path / name / "calibration.safetensors").read_bytes() for name in ("True", "False")]
+    assert statistics[0] == statistics[1]
+
+
 def operators(folder: Path, file: str) -> set[str]:
     return {node.op_type for node in onnx.load(folder / file, load_external_data=False).graph.node}
 

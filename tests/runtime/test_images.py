@@ -411,3 +411,9 @@ def test_3000_damaged_files_give_a_picture_or_an_image_error_in_time() -> None:
         assert time.process_time() - started < 2, f"mutation {number} took too long"
     assert outcomes["picture"] > 300
     assert outcomes["refused"] > 1000
+
+
+@pytest.mark.parametrize("source", [3, None, {"image": 1}])
+def test_what_is_no_picture_at_all_is_named(source: Any) -> None:
+    with pytest.raises(ImageError, match=type(source).__name__):
+        load_image(source)

@@ -25,9 +25,9 @@ _SLOWER = 1
 
 
 def _option(flag: str, *others: Any, **rest: Any) -> Callable[[Verb], Verb]:
-    """An option with its environment variable, PALIEDGE_ and its name."""
+    """An option with its environment variable, PALIEDGE_BENCH_ and its name."""
     name = flag.split("/")[0].removeprefix("--").replace("-", "_").upper()
-    return click.option(flag, *others, envvar=f"PALIEDGE_{name}", show_envvar=True, **rest)
+    return click.option(flag, *others, envvar=f"PALIEDGE_BENCH_{name}", show_envvar=True, **rest)
 
 
 def _what(verb: Verb) -> Verb:
@@ -150,7 +150,7 @@ def _measure(
     record = bench(bundle or SHIPPED_BUNDLE, options, settings, report=_say, progress=progress)
     progress.end()
     click.echo(_to_json(record) if as_json else to_text(record))
-    for warning in record.warnings:
+    for warning in record.warnings if as_json else ():
         _say(f"warning: {warning}")
     if output:
         save(record, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,17 +201,19 @@ def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool
     for scene in json.loads((DEMO_SCENES / "scenes.json").read_text()):
         image = load_image(DEMO_SCENES / scene["file"])
         encoded = model.encode(image)
-        found = model.segment(encoded, scene["detect"][:1])
+        boxes = model.detect(encoded, scene["detect"])
+        masks = model.segment(encoded, scene["detect"][:1])
         answers = {
-            f"detect {' ; '.join(scene['detect'])}": model.detect(encoded, scene["detect"]),
-            f"segment {scene['detect'][0]}": found,
+            f"detect {' ; '.join(scene['detect'])}": boxes,
+            f"segment {scene['detect'][0]}": masks,
             "caption en": model.caption(encoded),
             f"answer en {scene['ask']}": model.ask(encoded, scene["ask"]),
             "ocr": model.ocr(encoded),
         }
         for prompt, answer in answers.items():
             print_answer(f"{scene['file']}: {prompt}", answer, as_json)
-        save_picture(image, found, save / scene["file"])
+        others = [item for item in boxes.detections if item.label != scene["detect"][0]]
+        save_picture(image, replace(masks, detections=(*masks.detections, *others)), save / scene["file"])
 
 
 VERBS = (info, verify, demo)
