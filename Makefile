@@ -15,7 +15,7 @@ demo: $(DEMO)/ready
 	@$(DEMO)/bin/paliedge demo -m build/shapes --save demo_output
 
 test: $(TEST)/ready
-	$(TEST)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest  # two threads wait for one another where a neighbour takes a core
 
 # Needs an NVIDIA GPU. SYSTEM=--system-site-packages lets the environment see JetPack's TensorRT;
 # GPU_EXTRAS=cpu,tensorrt is for Python 3.10, which has no onnxruntime-gpu; GPU_EXTRAS=gpu,rtx for desktops.
