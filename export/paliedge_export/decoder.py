@@ -76,15 +76,20 @@ def add_decoder(
     else:
         cache = _InPlaceCache(graph, text, start, capacity)
     mask = cache.mask(positions, prefix_length)
-    fused = lowering.attention == "fused" and not text.attn_softcap
+    fused = lowering.operators == "fused" and not text.attn_softcap
     if fused:
         mask = graph.compute(graph.op("Max", mask, graph.constant(_MASKED_16_BIT)))
+    else:
+        mask = graph.op("Unsqueeze", mask, graph.ints(3))
     rotation = _rotation(graph, text, positions)
     attend = _attend_fused if fused else _attend_written_out
+    fed = None
     for index in range(text.num_layers):
-        query, key, value = _enter_layer(graph, text, index, x, rotation)
+        x, (query, key, value) = _enter_layer(graph, text, index, x, fed, rotation)
         keys, values = cache.extend(index, "key", key), cache.extend(index, "value", value)
-        x = _leave_layer(graph, text, index, x, attend(graph, text, query, keys, values, mask))
+        x, fed = _leave_layer(graph, text, index, x, attend(graph, text, query, keys, values, mask))
+    assert fed
+    x = graph.op("Add", x, fed, name=layer_output(_layer_name(text.num_layers - 1)))
     last = _norm(graph, text, "language_model.norm", _last_hidden(graph, text, x, start, prefix_length))
     last = graph.op("Identity", last, name=LAST_HIDDEN)
     _choose_token(graph, text, last, tokens, allowed, kept_tokens)
@@ -100,42 +105,52 @@ def add_prefill(graph: GraphBuilder, config: ModelConfig) -> None:
     x = graph.input("inputs_embeds", np.float32, ("batch", "sequence", text.hidden_size))
     positions = graph.input("position_ids", np.int64, ("batch", "sequence"))
     rotation = _rotation(graph, text, positions)
+    fed = None
     for index in range(text.num_layers):
-        query, key, value = _enter_layer(graph, text, index, x, rotation)
+        x, (query, key, value) = _enter_layer(graph, text, index, x, fed, rotation)
         keys, values = _put_out(graph, text, index, "key", key), _put_out(graph, text, index, "value", value)
         if index + 1 < text.num_layers:
-            x = _leave_layer(graph, text, index, x, _attend_written_out(graph, text, query, keys, values))
+            x, fed = _leave_layer(graph, text, index, x, _attend_written_out(graph, text, query, keys, values))
+
+
+def _layer_name(index: int) -> str:
+    return f"language_model.layers.{index}"
 
 
 def _enter_layer(
-    graph: GraphBuilder, text: TextConfig, index: int, x: str, rotation: tuple[str, str]
-) -> tuple[str, str, str]:
-    """Query, key and value of a layer, see `_project`."""
-    name = f"language_model.layers.{index}"
-    normed = _norm(graph, text, f"{name}.input_layernorm", x)
-    return _project(graph, text, f"{name}.self_attn.qkv_proj", normed, rotation)
+    graph: GraphBuilder, text: TextConfig, index: int, x: str, fed: str | None, rotation: tuple[str, str]
+) -> tuple[str, tuple[str, str, str]]:
+    """The layer's input `x` + `fed` [B, S, H], and the query, key and value that it makes of it, see `_project`."""
+    name = f"{_layer_name(index)}.input_layernorm"
+    if fed:
+        x, normed = _add_and_norm(graph, text, x, fed, name, layer_output(_layer_name(index - 1)))
+    else:
+        normed = _norm(graph, text, name, x)
+    return x, _project(graph, text, f"{_layer_name(index)}.self_attn.qkv_proj", normed, rotation)
 
 
-def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, attended: str) -> str:
-    """What a layer makes of its input `x` [B, S, H] and of what its heads saw, [B, S, heads * head_dim]."""
-    name = f"language_model.layers.{index}"
+def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, attended: str) -> tuple[str, str]:
+    """What a layer makes of its input `x` [B, S, H] and of what its heads saw, [B, S, heads * head_dim].
+
+    The layer's output is the sum of the two [B, S, H] that this returns: the next norm adds them up.
+    """
+    name = _layer_name(index)
     attended = graph.linear(attended, f"{name}.self_attn.o_proj", per_token=True)
     if text.post_norms:
         attended = _norm(graph, text, f"{name}.post_attention_layernorm", attended)
-    x = graph.op("Add", x, attended)
     before = "pre_feedforward_layernorm" if text.post_norms else "post_attention_layernorm"
-    fed = _feed_forward(graph, text, name, _norm(graph, text, f"{name}.{before}", x))
+    x, normed = _add_and_norm(graph, text, x, attended, f"{name}.{before}", f"{name}.attended")
+    fed = _feed_forward(graph, text, name, normed)
     if text.post_norms:
         fed = _norm(graph, text, f"{name}.post_feedforward_layernorm", fed)
-    return graph.op("Add", x, fed, name=layer_output(name))
+    return x, fed
 
 
 def _put_out(graph: GraphBuilder, text: TextConfig, index: int, part: str, new: str) -> str:
-    """New rows [B, S, kv heads, head_dim] as the output that they are: [B, kv heads, S, head_dim]."""
-    rows = graph.compute(graph.op("Transpose", new, perm=[0, 2, 1, 3]))
-    shape = ("batch", text.num_kv_heads, "sequence", text.head_dim)
-    graph.output(rows, f"present.{index}.{part}", graph.compute_type, shape)
-    return rows
+    """The new rows, see `_by_group`, as the output that they are: [B, kv heads, S, head_dim]."""
+    name, shape = f"present.{index}.{part}", ("batch", text.num_kv_heads, "sequence", text.head_dim)
+    graph.output(graph.compute(_by_group(graph, text, new)), name, graph.compute_type, shape)
+    return name
 
 
 class _Cache(Protocol):
@@ -144,7 +159,7 @@ class _Cache(Protocol):
         ...
 
     def extend(self, index: int, part: str, new: str) -> str:
-        """Take the rows [B, S, kv heads, head_dim] of layer `index`; returns all [B, kv heads, T, head_dim]."""
+        """Take the new rows of layer `index`, as `_project` makes them; returns all [B, kv heads, T, head_dim]."""
         ...
 
 
@@ -195,7 +210,7 @@ class _InPlaceCache:
 
     def extend(self, index: int, part: str, new: str) -> str:
         graph, text = self._graph, self._text
-        rows = graph.compute(graph.op("Transpose", new, perm=[0, 2, 1, 3]))
+        rows = graph.compute(_by_group(graph, text, new))
         name = f"present.{index}.{part}"
         graph.op("TensorScatter", self._past[index, part], rows, self._write_index, name=name, axis=-2)
         shape = ("batch", text.num_kv_heads, self._capacity, text.head_dim)
@@ -223,36 +238,46 @@ def _mask(graph: GraphBuilder, visible: str) -> str:
 
 
 def _rotation(graph: GraphBuilder, text: TextConfig, positions: str) -> tuple[str, str]:
-    """Cosine and sine [B, S, 1, head_dim / 2] of the rotary position embedding."""
+    """Cosine and sine [B, S, 1, head_dim] of the rotary position embedding, the first half of the sines negative."""
     exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
     frequencies = (1.0 / np.float32(text.rope_theta) ** exponents).astype(np.float32)
     places = graph.op("Unsqueeze", graph.op("Cast", positions, to=1), graph.ints(2, 3))
-    angles = graph.op("Mul", places, graph.constant(frequencies))
-    return graph.op("Cos", angles), graph.op("Sin", angles)
+    cosine = graph.op("Cos", graph.op("Mul", places, graph.constant(np.concatenate([frequencies, frequencies]))))
+    sine = graph.op("Sin", graph.op("Mul", places, graph.constant(np.concatenate([-frequencies, frequencies]))))
+    return cosine, sine
 
 
 def _rotate(graph: GraphBuilder, text: TextConfig, x: str, rotation: tuple[str, str]) -> str:
     """Rotate the first half of each head against the second: x [B, S, heads, head_dim]."""
     cosine, sine = rotation
     first, second = graph.split(x, [text.head_dim // 2] * 2, axis=-1)
-    turned_first = graph.op("Sub", graph.op("Mul", first, cosine), graph.op("Mul", second, sine))
-    turned_second = graph.op("Add", graph.op("Mul", second, cosine), graph.op("Mul", first, sine))
-    return graph.op("Concat", turned_first, turned_second, axis=-1)
+    swapped = graph.op("Concat", second, first, axis=-1)
+    return graph.op("Add", graph.op("Mul", x, cosine), graph.op("Mul", swapped, sine))
 
 
 def _project(
     graph: GraphBuilder, text: TextConfig, name: str, x: str, rotation: tuple[str, str]
 ) -> tuple[str, str, str]:
-    """Query, key and value [B, S, heads, head_dim], the first two rotated, the query scaled."""
+    """Query, key and value [B, S, heads, head_dim], the first two rotated."""
     heads, groups = text.num_heads, text.num_kv_heads
     qkv = graph.op("Reshape", graph.linear(x, name), graph.ints(0, 0, heads + 2 * groups, text.head_dim))
-    query, key, value = graph.split(qkv, [heads, groups, groups], axis=2)
-    query = graph.op("Mul", _rotate(graph, text, query, rotation), graph.constant(text.query_scale))
-    return query, _rotate(graph, text, key, rotation), value
+    query_and_key, value = graph.split(qkv, [heads + groups, groups], axis=2)
+    query, key = graph.split(_rotate(graph, text, query_and_key, rotation), [heads, groups], axis=2)
+    return query, key, value
+
+
+def _by_group(graph: GraphBuilder, text: TextConfig, x: str) -> str:
+    """[B, S, heads, head_dim] -> [B, kv heads, S * heads / kv heads, head_dim]: a group is one matrix product."""
+    groups, dim = text.num_kv_heads, text.head_dim
+    if groups > 1:
+        x = graph.op("Reshape", x, graph.ints(0, 0, groups, -1, dim))
+        x = graph.op("Transpose", x, perm=[0, 2, 1, 3, 4])
+    return graph.op("Reshape", x, graph.ints(0, groups, -1, dim))
 
 
 def _attend_fused(graph: GraphBuilder, text: TextConfig, query: str, keys: str, values: str, mask: str) -> str:
     """ONNX's operator, which every TensorRT from 10.15 on has kernels for: -> [B, S, heads * head_dim]."""
+    query = graph.op("Mul", query, graph.constant(text.query_scale))
     query = graph.compute(graph.op("Transpose", query, perm=[0, 2, 1, 3]))
     attended = graph.cast(graph.op("Attention", query, keys, values, mask, scale=1.0), np.float32)
     attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3])
@@ -262,27 +287,25 @@ def _attend_fused(graph: GraphBuilder, text: TextConfig, query: str, keys: str, 
 def _attend_written_out(
     graph: GraphBuilder, text: TextConfig, query: str, keys: str, values: str, mask: str | None = None
 ) -> str:
-    """Grouped-query attention in matrix products, softcap and softmax in float32."""
-    heads, groups, dim = text.num_heads, text.num_kv_heads, text.head_dim
-    length = graph.op("Shape", query, start=1, end=2)
-    # Query heads of a group lie behind one another, so that a group is one matrix product.
-    query = graph.op("Transpose", query, perm=[0, 2, 1, 3])
-    query = graph.compute(graph.op("Reshape", query, graph.ints(0, groups, -1, dim)))
+    """Grouped-query attention in matrix products, softcap and softmax in float32; mask [B, 1, S, 1, T]."""
+    groups, dim = text.num_kv_heads, text.head_dim
+    shared = text.num_heads // groups
+    query = graph.compute(graph.op("Mul", _by_group(graph, text, query), graph.constant(text.query_scale)))
     scores = graph.matmul(query, graph.op("Transpose", keys, perm=[0, 1, 3, 2]))
     if text.attn_softcap:
         scores = _softcap(graph, scores, text.attn_softcap)
     if mask:
-        width = graph.op("Shape", mask, start=3, end=4)
-        per_head = graph.op("Concat", graph.ints(0, heads), length, width, axis=0)
+        width = graph.op("Shape", mask, start=4, end=5)
+        per_head = graph.op("Concat", graph.ints(0, groups, -1, shared), width, axis=0)
         scores = graph.op("Add", graph.op("Reshape", scores, per_head), mask)
     weights = graph.compute(graph.op("Softmax", scores, axis=-1))
     if mask:
-        per_group = graph.op("Concat", graph.ints(0, groups, -1), width, axis=0)
-        weights = graph.op("Reshape", weights, per_group)
+        weights = graph.op("Reshape", weights, graph.op("Concat", graph.ints(0, groups, -1), width, axis=0))
     attended = graph.matmul(weights, values)
-    per_head = graph.op("Concat", graph.ints(0, heads), length, graph.ints(dim), axis=0)
-    attended = graph.op("Transpose", graph.op("Reshape", attended, per_head), perm=[0, 2, 1, 3])
-    return graph.op("Reshape", attended, graph.ints(0, 0, heads * dim))
+    if groups > 1:
+        attended = graph.op("Reshape", attended, graph.ints(0, groups, -1, shared, dim))
+        attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3, 4])
+    return graph.op("Reshape", attended, graph.ints(0, -1, text.num_heads * dim))
 
 
 def _feed_forward(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
@@ -291,6 +314,17 @@ def _feed_forward(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> s
     gate, up = graph.split(fused, [text.intermediate_size] * 2, axis=-1)
     product = graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up)
     return graph.linear(product, f"{name}.mlp.down_proj", per_token=True)
+
+
+def _add_and_norm(graph: GraphBuilder, text: TextConfig, x: str, branch: str, name: str, total: str) -> tuple[str, str]:
+    """x + branch, called `total`, and its norm."""
+    if graph.lowering.operators != "contrib":
+        x = graph.op("Add", x, branch, name=total)
+        return x, _norm(graph, text, name, x)
+    inputs = x, branch, graph.weight(f"{name}.weight")
+    kind, outputs = "SkipSimplifiedLayerNormalization", (f"{name}.normed", "", "", total)
+    graph.ops(kind, inputs, outputs, domain="com.microsoft", epsilon=text.eps)
+    return total, outputs[0]
 
 
 def _norm(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:

@@ -62,22 +62,30 @@ class GraphBuilder:
         return name
 
     def output(self, tensor: str, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
-        """Declare `tensor` an output called `name`."""
-        if tensor != name:
+        """Declare `tensor` an output called `name`; one that was just made has no other name from now on."""
+        if self._nodes[-1].output[:] == [tensor]:
+            self._nodes[-1].name = self._nodes[-1].output[0] = name
+        else:
             self.op("Identity", tensor, name=name)
         self._outputs.append(_value_info(name, dtype, shape))
 
     def op(self, kind: str, *inputs: str, domain: str = "", name: str | None = None, **attributes: Any) -> str:
         """Add a node with one output, both called `name`."""
         name = name or f"{kind}_{len(self._nodes)}"
-        self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes))
+        self.ops(kind, inputs, [name], domain=domain, **attributes)
         return name
+
+    def ops(
+        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> None:
+        """Add a node with several outputs, called `outputs`; those called "" it does not make."""
+        self._nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain, **attributes))
 
     def split(self, x: str, sizes: Sequence[int], axis: int) -> list[str]:
         """Cut `x` along `axis`."""
         name = f"Split_{len(self._nodes)}"
         outputs = [f"{name}.{index}" for index in range(len(sizes))]
-        self._nodes.append(helper.make_node("Split", [x, self.ints(*sizes)], outputs, name=name, axis=axis))
+        self.ops("Split", [x, self.ints(*sizes)], outputs, axis=axis)
         return outputs
 
     def constant(self, value: Any, dtype: npt.DTypeLike = np.float32) -> str:

@@ -2,7 +2,7 @@
 
 | target | reader | operators |
 |---|---|---|
-| cpu | ONNX Runtime 1.23.2 on | opset 20, com.microsoft's attention in the vision encoder and its integer products |
+| cpu | ONNX Runtime 1.23.2 on | opset 20, com.microsoft's attention, sums with norms and integer products |
 | jetpack6 | TensorRT 10.3 on | opset 20, attention written out; opset 21 for INT4, which TensorRT 10.0 on reads |
 | jetpack7, rtx | TensorRT 10.15 on, TensorRT for RTX | opset 24: Attention, TensorScatter |
 """
@@ -24,8 +24,9 @@ class Lowering:
 
     Attributes:
         opset: of the default domain.
-        attention: "contrib", com.microsoft's operator; "primitive", written out; "fused", ONNX's
-            Attention. Gemma 2 is always written out: TensorRT's Attention has no softcap.
+        operators: "contrib", com.microsoft's attention in the vision encoder, and its sum with a norm in the
+            decoder; "primitive", all written out; "fused", ONNX's Attention, but for Gemma 2: TensorRT's
+            has no softcap.
         cache_update: "rows", the graph returns new rows; "in_place", TensorScatter writes them.
         accumulate_float32: ask TensorRT to add up float16 products in float32. Not on 10.3, of which
             nobody here knows whether it would keep float32 copies of the weights instead.
@@ -34,7 +35,7 @@ class Lowering:
     """
 
     opset: int
-    attention: Literal["contrib", "primitive", "fused"]
+    operators: Literal["contrib", "primitive", "fused"]
     cache_update: Literal["rows", "in_place"]
     accumulate_float32: bool
     layout: Layout

@@ -53,7 +53,7 @@ def _attend(graph: GraphBuilder, vision: VisionConfig, name: str, x: str, loweri
     qkv = graph.linear(x, f"{name}.qkv_proj")
     width, heads = vision.hidden_size, vision.num_heads
     dim = width // heads
-    if lowering.attention == "contrib":
+    if lowering.operators == "contrib":
         query, key, value = graph.split(qkv, [width] * 3, axis=-1)
         attended = graph.op("MultiHeadAttention", query, key, value, domain="com.microsoft", num_heads=heads)
         return graph.linear(attended, f"{name}.out_proj", per_token=True)
@@ -62,7 +62,7 @@ def _attend(graph: GraphBuilder, vision: VisionConfig, name: str, x: str, loweri
     # The factor goes to the query, which keeps scores small in 16 bit.
     parts[0] = graph.op("Mul", parts[0], graph.constant(dim**-0.5))
     query, key, value = (graph.compute(part) for part in parts)
-    if lowering.attention == "fused":
+    if lowering.operators == "fused":
         attended = graph.op("Attention", query, key, value, scale=1.0)
     else:
         scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 1, 3, 2]))
