@@ -117,6 +117,7 @@ class OrtSession:
     """
 
     has_device_clock = False
+    graph_capture_s: float | None = None
 
     def __init__(
         self, bundle: Bundle, target: str = "cpu", num_threads: int = 0, provider: Literal["cpu", "cuda"] = "cpu"

@@ -31,11 +31,13 @@ class Session(Protocol[CacheT, FeaturesT]):
 
     Attributes:
         has_device_clock: steps carry `device_ms`.
+        graph_capture_s: seconds that the last capture of a decode step took; None where there was none.
         has_mask_decoder: `decode_masks` works.
         max_batch: requests that one cache may hold without changing each other's answers.
     """
 
     has_device_clock: bool
+    graph_capture_s: float | None
     has_mask_decoder: bool
     max_batch: int
 

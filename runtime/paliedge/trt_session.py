@@ -8,6 +8,7 @@ read. Knows neither text nor pictures.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from math import prod
@@ -90,6 +91,7 @@ class TrtSession:
         self._lock = threading.RLock()
         self._owner = ExitStack()
         self._closed = False
+        self.graph_capture_s: float | None = None
         self._idle_features: list[DeviceBuffer] = []
         self._caches: list[TrtCache] = []
         self._vision: LoadedVision | None = None
@@ -222,9 +224,11 @@ class TrtSession:
         """A decode step on what lies in the cache's small tensors; its clock begins here."""
         cache.small.arrays["allowed_ids"][:] = allowed
         if self._use_cuda_graph and cache.warm and cache.graph is None:
+            started = time.perf_counter()
             with self._stream.capture() as captured:
                 self._enqueue_decode(cache)
             cache.graph = captured[0]
+            self.graph_capture_s = time.perf_counter() - started
         self._start.record(self._stream)
         if cache.graph:
             cache.graph.launch(self._stream)

@@ -40,6 +40,7 @@ class ScriptedSession:
     widths: list[int] = field(default_factory=list)
     caches: list[ScriptedCache] = field(default_factory=list)
     has_device_clock: bool = False
+    graph_capture_s: float | None = None
     has_mask_decoder: bool = False
     max_batch: int = 8
     scores: dict[int, float] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
 from paliedge.answering import EncodedImage
 from paliedge.backends import BackendOptions
+from paliedge.benching.cold_start import _start
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import UsageError
@@ -237,6 +239,22 @@ def test_a_graph_changes_nothing_but_the_calls(
     assert machine.gpu.calls["cudaStreamBeginCapture"] == 1, "one cache, one graph"
     num_decodes = sum(len(tokens) for answers in expected for tokens, _ in answers)
     assert machine.gpu.calls["cudaGraphLaunch"] > num_decodes / 2
+
+
+@TWO_BOARDS
+def test_a_cold_start_tells_what_the_capture_took(
+    machine: Machine, built: dict[str, Path], subject: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "image.npy", IMAGES[0])
+    order = {"bundle": str(built[subject]), "image": str(tmp_path / "image.npy"), "prompt": "caption en"}
+    captured, plain = (
+        _start(order | {"options": asdict(BackendOptions(backend="tensorrt", use_cuda_graph=wanted))})
+        for wanted in (True, False)
+    )
+    assert captured["graph_capture"] is not None
+    assert captured["first_answer"] is not None
+    assert 0 < captured["graph_capture"] < captured["first_answer"]
+    assert plain["graph_capture"] is None
 
 
 @pytest.mark.parametrize("integrated", [False, True])

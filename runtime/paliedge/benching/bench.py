@@ -95,7 +95,7 @@ def bench(
     cold = None
     if settings.cold_start and not interrupted:
         try:
-            cold = measure_cold_start(folder, options, queries[0].prompt)
+            cold = measure_cold_start(folder, options, queries[0].image, queries[0].prompt)
         except DeviceError as error:  # no reason to lose what was measured
             doubts.append(f"no cold start: {error.found}")
         except KeyboardInterrupt:

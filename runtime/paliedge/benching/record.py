@@ -106,7 +106,8 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
         imports: Python modules of runtime and engine.
         bundle: reading the manifest, checking sizes and remembered hashes.
         engine: loading graphs, or deserialising engines.
-        first_answer: the first one; on a GPU it holds lazy work and the capture of the decode graph.
+        first_answer: the first one; on a GPU it holds lazy work and the capture of the decode step.
+        graph_capture: of the first answer, that capture alone; None where nothing is captured.
         second_answer: for comparison.
         process: all of it, interpreter included.
     """
@@ -117,6 +118,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     first_answer: float
     second_answer: float
     process: float
+    graph_capture: float | None = None
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):

@@ -137,7 +137,8 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
         yield "GPU memory", _gigabytes(memory.device)
     if cold:
         for name, seconds in msgspec.structs.asdict(cold).items():
-            yield f"cold start: {name.replace('_', ' ')}", f"{seconds:.2f} s"
+            if seconds is not None:
+                yield f"cold start: {name.replace('_', ' ')}", f"{seconds:.2f} s"
     if roofs.read_bytes_per_s:
         yield "this machine reads", f"{roofs.read_bytes_per_s / 1e9:.1f} GB/s"
     if roofs.flops_per_s:
