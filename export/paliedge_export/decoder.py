@@ -147,9 +147,9 @@ def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, atte
 
 
 def _put_out(graph: GraphBuilder, text: TextConfig, index: int, part: str, new: str) -> str:
-    """The new rows, see `_by_group`, as the output that they are: [B, kv heads, S, head_dim]."""
+    """New rows [B, S, kv heads, head_dim] as the output that they are: [B, kv heads, S, head_dim]."""
     name, shape = f"present.{index}.{part}", ("batch", text.num_kv_heads, "sequence", text.head_dim)
-    graph.output(graph.compute(_by_group(graph, text, new)), name, graph.compute_type, shape)
+    graph.output(graph.compute(_rows(graph, text, new)), name, graph.compute_type, shape)
     return name
 
 
@@ -159,7 +159,7 @@ class _Cache(Protocol):
         ...
 
     def extend(self, index: int, part: str, new: str) -> str:
-        """Take the new rows of layer `index`, as `_project` makes them; returns all [B, kv heads, T, head_dim]."""
+        """Take the rows [B, S, kv heads, head_dim] of layer `index`; returns all [B, kv heads, T, head_dim]."""
         ...
 
 
@@ -210,7 +210,7 @@ class _InPlaceCache:
 
     def extend(self, index: int, part: str, new: str) -> str:
         graph, text = self._graph, self._text
-        rows = graph.compute(_by_group(graph, text, new))
+        rows = graph.compute(_rows(graph, text, new))
         name = f"present.{index}.{part}"
         graph.op("TensorScatter", self._past[index, part], rows, self._write_index, name=name, axis=-2)
         shape = ("batch", text.num_kv_heads, self._capacity, text.head_dim)
@@ -266,8 +266,15 @@ def _project(
     return query, key, value
 
 
+def _rows(graph: GraphBuilder, text: TextConfig, x: str) -> str:
+    """Keys or values as a cache holds them: [B, S, kv heads, head_dim] -> [B, kv heads, S, head_dim]."""
+    if text.num_kv_heads > 1:
+        return graph.op("Transpose", x, perm=[0, 2, 1, 3])
+    return graph.op("Reshape", x, graph.ints(0, 1, -1, text.head_dim))  # needs no copy
+
+
 def _by_group(graph: GraphBuilder, text: TextConfig, x: str) -> str:
-    """[B, S, heads, head_dim] -> [B, kv heads, S * heads / kv heads, head_dim]: a group is one matrix product."""
+    """Queries [B, S, heads, head_dim] -> [B, kv heads, S * heads / kv heads, head_dim]: a matrix product a group."""
     groups, dim = text.num_kv_heads, text.head_dim
     if groups > 1:
         x = graph.op("Reshape", x, graph.ints(0, 0, groups, -1, dim))
@@ -317,7 +324,7 @@ def _feed_forward(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> s
 
 
 def _add_and_norm(graph: GraphBuilder, text: TextConfig, x: str, branch: str, name: str, total: str) -> tuple[str, str]:
-    """x + branch, called `total`, and its norm."""
+    """x + branch, called `total`, and its norm, all [B, S, H]."""
     if graph.lowering.operators != "contrib":
         x = graph.op("Add", x, branch, name=total)
         return x, _norm(graph, text, name, x)

@@ -63,6 +63,7 @@ class GraphBuilder:
 
     def output(self, tensor: str, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
         """Declare `tensor` an output called `name`; one that was just made has no other name from now on."""
+        assert tensor not in {output.name for output in self._outputs}
         if self._nodes[-1].output[:] == [tensor]:
             self._nodes[-1].name = self._nodes[-1].output[0] = name
         else:

@@ -107,7 +107,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
         bundle: reading the manifest, checking sizes and remembered hashes.
         engine: loading graphs, or deserialising engines.
         first_answer: the first one; on a GPU it holds lazy work and the capture of the decode step.
-        graph_capture: of the first answer, that capture alone; None where nothing is captured.
+        graph_capture: of the first answer, that capture alone; None where it captured nothing.
         second_answer: for comparison.
         process: all of it, interpreter included.
     """
