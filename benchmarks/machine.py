@@ -8,16 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from paliedge.benching.conditions import read_processor
+
 _PACKAGES = ("paliedge", "numpy", "onnx", "onnxruntime", "pillow")
 
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores this process may use, memory, Python and package versions."""
-    processors, memory = (Path(f"/proc/{name}").read_text().splitlines() for name in ("cpuinfo", "meminfo"))
-    cpu = [line.split(":", 1)[1].strip() for line in processors if line.startswith("model name")]
+    memory = Path("/proc/meminfo").read_text().splitlines()
     kilobytes = [int(line.split()[1]) for line in memory if line.startswith("MemTotal")]
     return {
-        "cpu": cpu[0] if cpu else platform.machine(),
+        "cpu": read_processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(kilobytes[0] / 1e6, 1),
         "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),

@@ -54,6 +54,30 @@ def test_conditions_are_read_and_what_is_not_there_is_left_out(jetson: Path) -> 
     assert "" not in found.values()
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor", "instructions"),
+    [
+        (
+            "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512_vnni sse\n",
+            "AMD EPYC cpu family 26 model 2",
+            "avx2 avx512_vnni",
+        ),
+        (
+            "model name\t: ARMv8 Processor rev 1 (v8l)\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd42\n",
+            "ARMv8 Processor rev 1 (v8l) CPU part 0xd42",
+            "asimddp",
+        ),
+    ],
+)
+def test_two_generations_of_a_processor_are_told_apart(
+    jetson: Path, cpuinfo: str, processor: str, instructions: str
+) -> None:
+    write(jetson, "proc/cpuinfo", cpuinfo)
+    found = describe_conditions(jetson)
+    assert found["processor"] == processor
+    assert found["instructions"] == instructions
+
+
 def test_the_power_mode_and_the_revision_of_the_code_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paliedge.benching.conditions.read_power_mode", lambda: "MAXN_SUPER")
     found = describe_conditions()

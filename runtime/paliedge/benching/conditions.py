@@ -17,6 +17,10 @@ from pathlib import Path
 from paliedge.doctor import read_power_mode
 
 _PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
+_PRODUCT_INSTRUCTIONS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
 _BUSY_SHARE = 0.05
 """Of the processors; what others may take before figures are doubtful."""
 _THROTTLE_COUNTS = (
@@ -32,7 +36,8 @@ def describe_conditions(root: Path = Path("/")) -> dict[str, str]:
     found = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _find(root / "proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(),
+        "processor": read_processor(root),
+        "instructions": " ".join(_instructions(root)),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": _find(root / "proc/meminfo", r"MemTotal:\s*(\d+ kB)"),
         "board": _read(root / "proc/device-tree/model").strip("\0\n "),
@@ -44,6 +49,20 @@ def describe_conditions(root: Path = Path("/")) -> dict[str, str]:
         **describe_state(root),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def read_processor(root: Path = Path("/")) -> str:
+    """The processor's name, and behind it what tells apart two generations that rent under one name."""
+    cpuinfo = root / "proc/cpuinfo"
+    numbers = {name: _find(cpuinfo, rf"^{name}\s*: (\S+)") for name in ("cpu family", "model", "CPU part")}
+    name = _find(cpuinfo, r"model name\s*: (.+)") or platform.machine()
+    return " ".join((name, *(f"{kind} {number}" for kind, number in numbers.items() if number)))
+
+
+def _instructions(root: Path) -> Iterator[str]:
+    """Of those that make products of matrices faster, what the processor has."""
+    flags = _find(root / "proc/cpuinfo", r"(?:flags|Features)\s*: (.+)").split()
+    return (name for name in _PRODUCT_INSTRUCTIONS if name in flags)
 
 
 def describe_state(root: Path = Path("/")) -> dict[str, str]:
@@ -114,7 +133,7 @@ def _read(path: Path) -> str:
 
 
 def _find(path: Path, pattern: str) -> str:
-    found = re.search(pattern, _read(path))
+    found = re.search(pattern, _read(path), re.MULTILINE)
     return found[1] if found else ""
 
 
