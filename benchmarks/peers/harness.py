@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +26,6 @@ TORCH = os.environ.get("TORCH", "torch==2.13.0")
 """As in the Makefile: what brings torch without CUDA on this machine."""
 NUM_TOKENS = 10
 NUM_PROMPT_TOKENS = 16
-_PROBE_BYTES = 1 << 29
-_PROBES = 8
 _MESSAGE = 400
 """Characters of a failure that are kept."""
 
@@ -200,24 +197,11 @@ def environment(name: str, requirements: Sequence[str], variables: Mapping[str, 
     return str(python)
 
 
-def read_bandwidth(num_threads: int) -> float:
-    """Bytes a second at which `num_threads` threads sum up an array, the best of several times: the machine's."""
-    array = np.ones(_PROBE_BYTES // 8)
-    pieces = np.array_split(array, num_threads)
-    times = []
-    with ThreadPoolExecutor(num_threads) as pool:
-        for _ in range(_PROBES):
-            started = time.perf_counter()
-            list(pool.map(np.sum, pieces))
-            times.append(time.perf_counter() - started)
-    return array.nbytes / min(times)
-
-
 def probe_bandwidth(num_threads: int) -> float:
-    """`read_bandwidth` in a process of its own, whose memory is its own."""
-    command = [sys.executable, "-m", "benchmarks.peers.harness", str(num_threads)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    """Bytes a second that the machine reads just now, see `paliedge.benching.roofs`."""
+    from paliedge.benching.roofs import measure_cpu_apart  # children of other environments import this module, too
 
-
-if __name__ == "__main__":
-    print(read_bandwidth(int(sys.argv[1])))
+    roofs = measure_cpu_apart(num_threads)
+    if roofs.read_bytes_per_s is None:
+        raise RuntimeError(roofs.how)
+    return roofs.read_bytes_per_s

@@ -375,9 +375,7 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     }
 
 
-def describe_engine(
-    contender: Contender, rounds: Sequence[Mapping[str, Any]], bandwidth: float, measured: str
-) -> dict[str, Any]:
+def describe_engine(contender: Contender, rounds: Sequence[Mapping[str, Any]], measured: str) -> dict[str, Any]:
     """One engine's figures: seconds, bytes, and medians of each round for what is compared with others.
 
     `measured`, a time, is the same for those that took turns.
@@ -395,7 +393,6 @@ def describe_engine(
     if contender.peer == "paliedge":
         found |= describe_bundle(Path(contender.engine.command[3]))
         found["decode_bandwidth"] = round(found["decoder_bytes"] / found["token"])
-        found["share_of_read_bandwidth"] = round(found["decode_bandwidth"] / bandwidth, 3)
     return found
 
 
@@ -472,14 +469,13 @@ def measure_size(
     asked = [one.asked("--answers", str(size.num_answers)) for one in contenders]
     rounds = take_turns(asked, num_rounds, lambda: bandwidths.append(probe_bandwidth(num_threads)), failures)
     bandwidths = bandwidths or [probe_bandwidth(num_threads)]
-    bandwidth = statistics.median(bandwidths)
     timed = [one for one in contenders if one.name not in failures]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    engines = {one.name: describe_engine(one, rounds[one.name], bandwidth, now) for one in timed}
+    engines = {one.name: describe_engine(one, rounds[one.name], now) for one in timed}
     for name, overhead in measure_overheads(timed, size.num_overhead).items():
         engines[name]["overhead"] = overhead
     return {
-        "read_bandwidth": bandwidth,
+        "read_bandwidth": statistics.median(bandwidths),
         "read_bandwidth_range": [min(bandwidths), max(bandwidths)],
         "load_average_before": load,
         "load_average_after": os.getloadavg()[0],

@@ -189,7 +189,7 @@ def test_a_probe_that_fails_leaves_no_roof(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_roofs_are_what_arithmetic_can_reach() -> None:
-    found = measure_cpu(1)
+    found = measure_cpu()
     assert found.read_bytes_per_s is not None
     assert found.flops_per_s is not None
     assert 1e8 < found.read_bytes_per_s < 1e13

@@ -1,15 +1,15 @@
 """How fast this machine reads memory and multiplies, measured just before: what MBU and MFU are shares of.
 
-`python -m paliedge.benching.roofs THREADS` prints the CPU's as JSON.
+`python -m paliedge.benching.roofs` prints the CPU's as JSON.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -17,14 +17,18 @@ import numpy as np
 from paliedge.benching.record import Roofs
 
 _PROBE_BYTES = 1 << 28
+_PROBE_WIDTH = 1 << 14
 _MATRIX = 1536
-_REPEATS = 6
+_REPEATS = 10
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""What BLAS libraries ask, once, when they are loaded."""
 
 
 def measure_cpu_apart(num_threads: int) -> Roofs:
-    """`measure_cpu` in a process of its own, whose memory is not this one's; no roofs where that fails."""
-    command = [sys.executable, "-m", "paliedge.benching.roofs", str(num_threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE)
+    """`measure_cpu` in a process of its own, whose memory and threads are its own; no roofs where that fails."""
+    command = [sys.executable, "-m", "paliedge.benching.roofs"]
+    threads = dict.fromkeys(_THREAD_VARIABLES, str(num_threads))
+    done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **threads})
     if done.returncode:
         return no_roofs(f"the probe ended with {done.returncode}")
     return msgspec.json.decode(done.stdout, type=Roofs)
@@ -35,12 +39,19 @@ def no_roofs(reason: str) -> Roofs:
     return Roofs(read_bytes_per_s=None, flops_per_s=None, how=f"not measured: {reason}")
 
 
-def measure_cpu(num_threads: int) -> Roofs:
-    """By NumPy, the best of several times."""
+def measure_cpu() -> Roofs:
+    """By NumPy's float32 products, the best of several times.
+
+    Bytes by a matrix and a vector, which is what a decode step does: several rows are read at once, and faster than one
+    long array is summed up.
+    """
+    vector = np.ones(_PROBE_WIDTH, np.float32)
+    matrix = np.ones((_PROBE_BYTES // vector.nbytes, _PROBE_WIDTH), np.float32)
+    square = np.ones((_MATRIX, _MATRIX), np.float32)
     return Roofs(
-        read_bytes_per_s=_read_bandwidth(num_threads),
-        flops_per_s=_flops(),
-        how=f"numpy: sums of {_PROBE_BYTES >> 20} MiB by {num_threads} threads; float32 products, {_MATRIX} wide",
+        read_bytes_per_s=matrix.nbytes / _best(lambda: matrix @ vector),
+        flops_per_s=2 * _MATRIX**3 / _best(lambda: square @ square),
+        how=f"numpy, float32: a matrix of {_PROBE_BYTES >> 20} MiB times a vector; matrices of {_MATRIX} x {_MATRIX}",
     )
 
 
@@ -68,18 +79,6 @@ def measure_gpu() -> Roofs:
     return Roofs(read_bytes_per_s=2 * _PROBE_BYTES / best, flops_per_s=None, how=how)
 
 
-def _read_bandwidth(num_threads: int) -> float:
-    array = np.ones(_PROBE_BYTES // 8)
-    pieces = np.array_split(array, num_threads)
-    with ThreadPoolExecutor(num_threads) as pool:
-        return array.nbytes / _best(lambda: list(pool.map(np.sum, pieces)))
-
-
-def _flops() -> float:
-    matrix = np.ones((_MATRIX, _MATRIX), np.float32)
-    return 2 * _MATRIX**3 / _best(lambda: matrix @ matrix)
-
-
 def _best(work: Callable[[], object]) -> float:
     times = []
     for _ in range(_REPEATS):
@@ -90,4 +89,4 @@ def _best(work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    print(msgspec.json.encode(measure_cpu(int(sys.argv[1]))).decode())
+    print(msgspec.json.encode(measure_cpu()).decode())
