@@ -75,10 +75,10 @@ def _text_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for index in range(text.num_layers):
         layer = f"language_model.layers.{index}"
-        yield f"{layer}.self_attn.q_proj.weight", (text.num_heads * text.head_dim, width)
+        yield f"{layer}.self_attn.q_proj.weight", (text.attention_width, width)
         yield f"{layer}.self_attn.k_proj.weight", (text.num_kv_heads * text.head_dim, width)
         yield f"{layer}.self_attn.v_proj.weight", (text.num_kv_heads * text.head_dim, width)
-        yield f"{layer}.self_attn.o_proj.weight", (width, text.num_heads * text.head_dim)
+        yield f"{layer}.self_attn.o_proj.weight", (width, text.attention_width)
         yield f"{layer}.mlp.gate_proj.weight", (inner, width)
         yield f"{layer}.mlp.up_proj.weight", (inner, width)
         yield f"{layer}.mlp.down_proj.weight", (width, inner)

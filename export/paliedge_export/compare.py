@@ -24,7 +24,7 @@ from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
 from paliedge_export.decoder import LAST_HIDDEN
 from paliedge_export.graph import layer_output
-from paliedge_export.probe import ABSMAX, MEAN_SQUARE, Outputs, ProbedGraphs, layer_names
+from paliedge_export.probe import ABSMAX, MEAN_SQUARE, ROWS, Outputs, ProbedGraphs, layer_names
 from paliedge_export.samples import Sample
 from paliedge_export.statistics import Statistics
 
@@ -127,7 +127,7 @@ class TargetReport(msgspec.Struct):
         return sorted(drops, key=lambda name: -drops[name])[:_NUM_WORST]
 
 
-def ignore_outputs(outputs: Outputs, rows: int) -> None:
+def ignore_outputs(outputs: Outputs) -> None:
     """A watcher that watches nothing."""
 
 
@@ -153,7 +153,7 @@ class Runner:
         samples: Sequence[Sample],
         reference: str,
         forced: Answers | None = None,
-        watch: Callable[[Outputs, int], None] = ignore_outputs,
+        watch: Callable[[Outputs], None] = ignore_outputs,
         report: Callable[[str], None] = lambda line: None,
     ) -> Answers:
         """Answer all prompts, greedily or led by the tokens of `forced`; `watch` sees the outputs of each run."""
@@ -162,7 +162,7 @@ class Runner:
         for index, sample in enumerate(samples):
             seen = self._graphs.encode(self._preprocess(sample.image))
             features: FloatArray = seen["image_features"][0]
-            watch(seen, len(features))
+            watch(seen)
             found.features.append(features)
             self._note(found, seen, keep=index == last)
             row = []
@@ -183,7 +183,7 @@ class Runner:
         features: FloatArray,
         prompt: str,
         lead: list[int] | None,
-        watch: Callable[[Outputs, int], None],
+        watch: Callable[[Outputs], None],
         *,
         keep: bool,
     ) -> Answer:
@@ -197,7 +197,7 @@ class Runner:
             )
         prefix = np.concatenate([features, self._embed(ids)])
         seen = self._graphs.prefill(prefix, self._allowed)
-        watch(seen, len(prefix))
+        watch(seen)
         self._note(found, seen, keep=keep)
         tokens: list[int] = []
         scores: list[float] = []
@@ -205,7 +205,7 @@ class Runner:
         for place in range(len(lead) if lead else min(MAX_NEW_TOKENS, self._limits.new_tokens)):
             if place:
                 seen = self._graphs.decode(self._embed([lead[place - 1] if lead else tokens[-1]])[0], self._allowed)
-                watch(seen, 1)
+                watch(seen)
                 self._note(found, seen, keep=False)
             tokens.append(int(seen["next_token"][0]))
             scores.append(float(seen["log_prob"][0]))
@@ -223,13 +223,14 @@ class Runner:
             found.layers |= {name: seen[layer_output(name)][0] for name in layer_names(seen)}
 
 
-def collect_statistics(statistics: Statistics, linears: Container[str]) -> Callable[[Outputs, int], None]:
+def collect_statistics(statistics: Statistics, linears: Container[str]) -> Callable[[Outputs], None]:
     """A watcher for the answers of a `Runner` with `statistics`; takes those of the named linear layers."""
 
-    def watch(outputs: Outputs, rows: int) -> None:
+    def watch(outputs: Outputs) -> None:
         for name, absmax in outputs.items():
             linear = name.removesuffix(ABSMAX)
             if name != linear and linear in linears:
+                rows = int(outputs[linear + ROWS].prod())
                 statistics.add(linear, absmax, outputs[linear + MEAN_SQUARE], rows)
 
     return watch

@@ -52,6 +52,11 @@ class TextConfig:
     final_softcap: float | None
     post_norms: bool
 
+    @property
+    def attention_width(self) -> int:
+        """Of all heads' queries side by side."""
+        return self.num_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -87,10 +87,14 @@ def add_decoder(
     for index in range(text.num_layers):
         x, (query, key, value) = _enter_layer(graph, text, index, x, fed, rotation)
         keys, values = cache.extend(index, "key", key), cache.extend(index, "value", value)
-        x, fed = _leave_layer(graph, text, index, x, attend(graph, text, query, keys, values, mask))
+        attended = attend(graph, text, query, keys, values, mask)
+        if index + 1 == text.num_layers:  # what follows makes one token, of the last one
+            place = _last_place(graph, x, start, prefix_length)
+            x, attended = _take(graph, x, place, text.hidden_size), _take(graph, attended, place, text.attention_width)
+        x, fed = _leave_layer(graph, text, index, x, attended)
     assert fed
     x = graph.op("Add", x, fed, name=layer_output(_layer_name(text.num_layers - 1)))
-    last = _norm(graph, text, "language_model.norm", _last_hidden(graph, text, x, start, prefix_length))
+    last = graph.op("Squeeze", _norm(graph, text, "language_model.norm", x), graph.ints(1))
     last = graph.op("Identity", last, name=LAST_HIDDEN)
     _choose_token(graph, text, last, tokens, allowed, kept_tokens)
 
@@ -288,7 +292,7 @@ def _attend_fused(graph: GraphBuilder, text: TextConfig, query: str, keys: str, 
     query = graph.compute(graph.op("Transpose", query, perm=[0, 2, 1, 3]))
     attended = graph.cast(graph.op("Attention", query, keys, values, mask, scale=1.0), np.float32)
     attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3])
-    return graph.op("Reshape", attended, graph.ints(0, 0, text.num_heads * text.head_dim))
+    return graph.op("Reshape", attended, graph.ints(0, 0, text.attention_width))
 
 
 def _attend_written_out(
@@ -312,13 +316,13 @@ def _attend_written_out(
     if groups > 1:
         attended = graph.op("Reshape", attended, graph.ints(0, groups, -1, shared, dim))
         attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3, 4])
-    return graph.op("Reshape", attended, graph.ints(0, -1, text.num_heads * dim))
+    return graph.op("Reshape", attended, graph.ints(0, -1, text.attention_width))
 
 
 def _feed_forward(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
-    """Gated tanh-GELU, gate and up fused."""
-    fused = graph.linear(x, f"{name}.mlp.gate_up_proj")
-    gate, up = graph.split(fused, [text.intermediate_size] * 2, axis=-1)
+    """Gated tanh-GELU."""
+    gate = graph.linear(x, f"{name}.mlp.gate_proj")
+    up = graph.linear(x, f"{name}.mlp.up_proj", beside=f"{name}.mlp.gate_proj")
     product = graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up)
     return graph.linear(product, f"{name}.mlp.down_proj", per_token=True)
 
@@ -345,14 +349,17 @@ def _softcap(graph: GraphBuilder, x: str, cap: float) -> str:
     return graph.op("Mul", graph.op("Tanh", graph.op("Div", x, graph.constant(cap))), graph.constant(cap))
 
 
-def _last_hidden(graph: GraphBuilder, text: TextConfig, x: str, start: str, prefix_length: str) -> str:
-    """[B, H]: the last token of each row's prefix, or of the sequence where the prefix lies in the cache."""
+def _last_place(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> str:
+    """Where in x [B, S, H] the last token of each row's prefix is, or of S if the prefix is cached: [B, 1, 1]."""
     length = graph.op("Shape", x, start=1, end=2)
     rest = graph.op("Sub", graph.op("Unsqueeze", prefix_length, graph.ints(1)), start)
     count = graph.op("Where", graph.op("Greater", rest, graph.ints(0)), rest, length)
-    index = graph.op("Unsqueeze", graph.op("Sub", count, graph.ints(1)), graph.ints(2))
-    wide = graph.op("Expand", index, graph.ints(1, 1, text.hidden_size))
-    return graph.op("Squeeze", graph.op("GatherElements", x, wide, axis=1), graph.ints(1))
+    return graph.op("Unsqueeze", graph.op("Sub", count, graph.ints(1)), graph.ints(2))
+
+
+def _take(graph: GraphBuilder, x: str, place: str, width: int) -> str:
+    """The vectors of x [B, S, width] at `place` [B, 1, 1]: [B, 1, width]."""
+    return graph.op("GatherElements", x, graph.op("Expand", place, graph.ints(1, 1, width)), axis=1)
 
 
 def _choose_token(

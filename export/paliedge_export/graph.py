@@ -55,6 +55,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._rounded: dict[tuple[str, str], str] = {}
         self.weight_files: set[str] = set()
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
@@ -128,12 +129,13 @@ class GraphBuilder:
         """Matrix product of two operands of the compute type, as float32."""
         return self._product("MatMul", first, second, self.compute_type)
 
-    def linear(self, x: str, name: str, *, per_token: bool = False) -> str:
+    def linear(self, x: str, name: str, *, beside: str | None = None, per_token: bool = False) -> str:
         """x @ weight + bias as float32, the weight [in, out]; a bias only where one is stored.
 
         Args:
             x: float32 [..., K].
             name: the layer's.
+            beside: a layer that reads the same `x`, under whose name its scale is stored.
             per_token: tokens of `x` differ in size, so that they should not share a scale that is
                 measured at run time.
         """
@@ -143,7 +145,7 @@ class GraphBuilder:
         if dtype == np.uint8:
             return self._matmul_blocks(x, f"{name}.weight", f"{name}.weight_scale", bits=4)
         if dtype == np.int8:
-            product = self._matmul_quantized(x, name)
+            product = self._matmul_quantized(x, name, f"{beside or name}.input_scale")
         elif dtype == INT4:
             product = self.matmul(self.compute(x), self._dequantize_groups(name))
         else:
@@ -194,11 +196,14 @@ class GraphBuilder:
             accuracy_level=_INT8_ACTIVATIONS,
         )
 
-    def _matmul_quantized(self, x: str, name: str) -> str:
+    def _matmul_quantized(self, x: str, name: str, input_scale: str) -> str:
         """Explicit, symmetric and static: what every TensorRT replaces by one product of integers."""
-        scale = self.weight(f"{name}.input_scale")
-        quantized = self.op("QuantizeLinear", x, scale, self.constant(0, np.int8))
-        rounded = self.op("DequantizeLinear", quantized, scale, self.constant(0, np.int8))
+        if (x, input_scale) not in self._rounded:
+            scale = self.weight(input_scale)
+            quantized = self.op("QuantizeLinear", x, scale, self.constant(0, np.int8))
+            rounded = self.op("DequantizeLinear", quantized, scale, self.constant(0, np.int8))
+            self._rounded[x, input_scale] = rounded
+        rounded = self._rounded[x, input_scale]
         weight = self.op("DequantizeLinear", self.weight(f"{name}.weight"), self.weight(f"{name}.weight_scale"), axis=1)
         return self.op("MatMul", rounded, weight)
 

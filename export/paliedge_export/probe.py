@@ -23,7 +23,7 @@ from paliedge_export.graph import layer_output
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
-ABSMAX, MEAN_SQUARE = ".absmax", ".mean_square"
+ABSMAX, MEAN_SQUARE, ROWS = ".absmax", ".mean_square", ".rows"
 
 
 class ProbedGraphs:
@@ -123,7 +123,8 @@ def _add_outputs(model: onnx.ModelProto, *, statistics: bool) -> None:
     if statistics:
         wanted += _add_statistics(model)
     for name in wanted:
-        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+        kind = TensorProto.INT64 if name.endswith(ROWS) else TensorProto.FLOAT
+        model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
 
 
 def _add_statistics(model: onnx.ModelProto) -> list[str]:
@@ -134,14 +135,15 @@ def _add_statistics(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in stored:
             x, linear = node.input[0], node.input[1].removesuffix(".weight")
-            made = [linear + ending for ending in (".abs", ABSMAX, ".square", MEAN_SQUARE)]
+            made = [linear + ending for ending in (".abs", ABSMAX, ".square", MEAN_SQUARE, ROWS)]
             nodes += [
                 helper.make_node("Abs", [x], made[:1]),
                 helper.make_node("ReduceMax", [made[0], axes.name], made[1:2], keepdims=0),
                 helper.make_node("Mul", [x, x], made[2:3]),
-                helper.make_node("ReduceMean", [made[2], axes.name], made[3:], keepdims=0),
+                helper.make_node("ReduceMean", [made[2], axes.name], made[3:4], keepdims=0),
+                helper.make_node("Shape", [x], made[4:], end=2),
             ]
-            names += [made[1], made[3]]
+            names += [made[1], made[3], made[4]]
     model.graph.initializer.append(axes)
     model.graph.node.extend(nodes)
     return names

@@ -1,9 +1,9 @@
 """The weight files: what the graphs of every lowering read.
 
-Fused where graphs want it (query, key and value in one matrix; gate and up in one), transposed to
-[in, out], matrices in the compute type or in integers, norms and biases in float32. One tensor at a
-time is in memory. Floats are written once for all targets; ONNX Runtime's kernels and TensorRT's want
-integers in different orders, so that a quantised bundle for both has both.
+Fused where graphs want it (query, key and value in one matrix), transposed to [in, out], matrices in the
+compute type or in integers, norms and biases in float32. One tensor at a time is in memory. Floats are
+written once for all targets; ONNX Runtime's kernels and TensorRT's want integers in different orders, so
+that a quantised bundle for both has both.
 
 | tensor | "qdq", ONNX's own operators | "contrib", com.microsoft's |
 |---|---|---|
@@ -28,10 +28,11 @@ import numpy.typing as npt
 from paliedge.manifest import Precision
 from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 from paliedge_export.config import ModelConfig
-from paliedge_export.linears import Linear
+from paliedge_export.linears import Linear, text_linears, vision_linears
 from paliedge_export.lowering import Layout
 from paliedge_export.quantization import (
     INT8_MAX,
+    Floats,
     find_group,
     pack_blocks,
     pack_int4,
@@ -205,7 +206,7 @@ def write_weights(
 def write_linear(folder: Path, name: str, tensors: Tensors, linear: Linear, encoding: Encoding) -> Stored:
     """Write one linear layer's weight to a file called `name` in `folder`."""
     with WeightFile(folder / name) as file:
-        _add_linear(file, tensors, linear.name, linear.weights, encoding)
+        _add_linear(file, tensors, linear, encoding)
     return file.tensors
 
 
@@ -219,16 +220,16 @@ def _add_vision_encoder(file: WeightFile, checkpoint: Tensors, config: ModelConf
     file.add(places, checkpoint[places])
     for index in range(config.vision.num_layers):
         layer = f"{root}.encoder.layers.{index}"
-        parts = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
-        _add_linear(file, checkpoint, f"{layer}.self_attn.qkv_proj", [f"{part}.weight" for part in parts], encoding)
-        biases = np.concatenate([checkpoint[f"{part}.bias"] for part in parts])
-        file.add(f"{layer}.self_attn.qkv_proj.bias", biases)
-        for name in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
-            _add_linear_and_bias(file, checkpoint, f"{layer}.{name}", encoding)
         for name in ("layer_norm1", "layer_norm2"):
             _add_layer_norm(file, checkpoint, f"{layer}.{name}")
+    for linear in vision_linears(config):
+        _add_linear(file, checkpoint, linear, encoding)
+        biases = [checkpoint[weight.removesuffix("weight") + "bias"] for weight in linear.weights]
+        file.add(f"{linear.name}.bias", np.concatenate(biases))
     _add_layer_norm(file, checkpoint, f"{root}.post_layernorm")
-    _add_linear_and_bias(file, checkpoint, "multi_modal_projector.linear", encoding)
+    projector = "multi_modal_projector.linear"
+    file.add(f"{projector}.weight", checkpoint[f"{projector}.weight"].T, encoding.dtype)
+    file.add(f"{projector}.bias", checkpoint[f"{projector}.bias"])
 
 
 def _add_decoder(
@@ -238,47 +239,44 @@ def _add_decoder(
     norms = ["input_layernorm", "post_attention_layernorm"]
     if config.text.post_norms:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    for index in range(config.text.num_layers):
-        layer = f"language_model.layers.{index}"
-        if only_rows and index + 1 == config.text.num_layers:
-            weights = [f"{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
-            _add_linear(file, checkpoint, f"{layer}.self_attn.qkv_proj", weights, encoding)
-            _add_rms_norm(file, checkpoint, f"{layer}.input_layernorm.weight")
-            return
-        for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
-            module = fused.split(".")[0]
-            weights = [f"{layer}.{module}.{part}_proj.weight" for part in parts]
-            _add_linear(file, checkpoint, f"{layer}.{fused}", weights, encoding)
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            _add_linear(file, checkpoint, f"{layer}.{name}", [f"{layer}.{name}.weight"], encoding)
-        for name in norms:
-            _add_rms_norm(file, checkpoint, f"{layer}.{name}.weight")
-    _add_rms_norm(file, checkpoint, "language_model.norm.weight")
+    layers = [f"language_model.layers.{index}" for index in range(config.text.num_layers)]
+    names = [f"{layer}.{norm}" for layer in layers for norm in norms] + ["language_model.norm"]
+    last, makes_rows = f"{layers[-1]}.", (f"{layers[-1]}.self_attn.qkv_proj", f"{layers[-1]}.input_layernorm")
+
+    def wanted(name: str) -> bool:
+        return not only_rows or name in makes_rows or not name.startswith((last, "language_model.norm"))
+
+    for linear in text_linears(config):
+        if wanted(linear.name):
+            _add_linear(file, checkpoint, linear, encoding)
+    for name in filter(wanted, names):
+        _add_rms_norm(file, checkpoint, f"{name}.weight")
 
 
-def _add_linear_and_bias(file: WeightFile, checkpoint: Tensors, name: str, encoding: Encoding) -> None:
-    _add_linear(file, checkpoint, name, [f"{name}.weight"], encoding)
-    file.add(f"{name}.bias", checkpoint[f"{name}.bias"])
+def _add_linear(file: WeightFile, checkpoint: Tensors, linear: Linear, encoding: Encoding) -> None:
+    """The matrices of a linear layer as [in, out] or in integers."""
+    bits = encoding.bits(linear.name)
+    for name, sources in linear.matrices.items():
+        weight = np.concatenate([checkpoint[source] for source in sources]).T
+        if not bits or encoding.inputs is None:
+            file.add(f"{name}.weight", weight, encoding.dtype)
+        else:
+            found = encoding.inputs[linear.name]
+            _add_quantized(file, name, weight.astype(np.float32), bits, found.mean_square, encoding.layout)
+    if bits == 8 and encoding.inputs and encoding.layout == "qdq":
+        largest = encoding.inputs[linear.name].absmax.max()
+        file.add(f"{linear.name}.input_scale", np.maximum(largest / INT8_MAX, _SMALLEST_INPUT_SCALE))
 
 
-def _add_linear(file: WeightFile, checkpoint: Tensors, name: str, sources: Sequence[str], encoding: Encoding) -> None:
-    """The weight of a linear layer, the checkpoint's `sources` [out, in] in one, as [in, out] or in integers."""
-    weight = np.concatenate([checkpoint[source] for source in sources]).T
-    bits = encoding.bits(name)
-    if not bits or encoding.inputs is None:
-        file.add(f"{name}.weight", weight, encoding.dtype)
-        return
-    found = encoding.inputs[name]
-    weight = weight.astype(np.float32)
+def _add_quantized(file: WeightFile, name: str, weight: Floats, bits: int, importance: Floats, layout: Layout) -> None:
+    """One matrix [in, out] in integers; `importance` [in] see `quantize_int4`."""
     if bits == 8:
         codes, scales = quantize_int8(weight, axis=1)
         file.add(f"{name}.weight", codes, np.int8)
         file.add(f"{name}.weight_scale", scales)
-        if encoding.layout == "qdq":
-            file.add(f"{name}.input_scale", np.maximum(found.absmax.max() / INT8_MAX, _SMALLEST_INPUT_SCALE))
         return
-    codes, scales = quantize_int4(weight, found.mean_square)
-    if encoding.layout == "qdq":
+    codes, scales = quantize_int4(weight, importance)
+    if layout == "qdq":
         file.add_packed(f"{name}.weight", pack_int4(codes), codes.shape, INT4)
         file.add(f"{name}.weight_scale", scales, np.float16)
     else:

@@ -116,8 +116,13 @@ def _decoder_parameters(model: Model) -> int:
 
 def _layer_products(text: Text) -> int:
     """Weights of a decoder layer's matrices: query, key, value, output, gate, up and down."""
-    projected = (2 * text.num_heads + 2 * text.num_kv_heads) * text.head_dim
-    return text.hidden_size * (projected + 3 * text.intermediate_size)
+    projected = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+    return text.hidden_size * projected + _behind_attention(text)
+
+
+def _behind_attention(text: Text) -> int:
+    """Those of a layer's weights that multiply what its heads saw: output, gate, up and down."""
+    return text.hidden_size * (text.num_heads * text.head_dim + 3 * text.intermediate_size)
 
 
 def _head_rows(manifest: Manifest) -> int:
@@ -140,19 +145,24 @@ def vision_flops(model: Model) -> int:
 
 
 def decoder_flops(manifest: Manifest, tokens: int, length: int) -> int:
-    """Operations of `tokens` new tokens, each of which sees `length` tokens; the head at the last one only."""
+    """Operations of `tokens` new tokens, each of which sees `length` tokens.
+
+    What is behind the last layer's attention, and the head, is done for the last token only.
+    """
     text = manifest.model.text
     head = _head_rows(manifest) * text.hidden_size
-    attention = 4 * text.num_layers * tokens * length * text.num_heads * text.head_dim
-    return 2 * (tokens * text.num_layers * _layer_products(text) + head) + attention
+    products = tokens * text.num_layers * _layer_products(text) - max(tokens - 1, 0) * _behind_attention(text)
+    return 2 * (products + head) + text.num_layers * _attention_flops(text, tokens, length)
 
 
-def prefill_flops_saved(manifest: Manifest, tokens: int) -> int:
-    """What a prefill of its own leaves out: all behind the last layer's keys and values, but for the last token."""
+def prefill_flops(manifest: Manifest, tokens: int) -> int:
+    """Operations of a prefill that has a graph of its own, and of the decode step that follows with the last token."""
     text = manifest.model.text
-    qkv = text.hidden_size * (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
-    attention = 4 * tokens * tokens * text.num_heads * text.head_dim
-    return 2 * tokens * (_layer_products(text) - qkv) + attention
+    return decoder_flops(manifest, tokens, tokens) - _attention_flops(text, tokens - 1, tokens)
+
+
+def _attention_flops(text: Text, tokens: int, length: int) -> int:
+    return 4 * tokens * length * text.num_heads * text.head_dim
 
 
 def cache_bytes_per_token(text: Text) -> int:

@@ -97,7 +97,7 @@ def test_it_has_8_bits_beside_the_4_of_the_decoder(bundle: Path) -> None:
     assert len(layers) == manifest.model.vision.num_layers + manifest.model.text.num_layers
     assert min(layers.values()) > 0.9
     used = {name for node in graph.node for name in node.input if name.endswith("_proj.weight")}
-    assert len(used) == 4 * (num_layers - 1) + 1
+    assert len(used) == 5 * (num_layers - 1) + 1
     (weights,) = target.prefill.weights
     outside = [{one.key: one.value for one in tensor.external_data} for tensor in graph.initializer]
     lengths = [int(place["length"]) for place in outside if place]

@@ -184,7 +184,7 @@ def test_layers_with_loud_channels_are_smoothed_but_for_those_behind_a_gelu(smoo
     scaled = [name for name, strength in strengths.items() if strength > 0]
     assert {name.split(".")[-1] for name in scaled} == {
         *("qkv_proj", "out_proj", "fc1"),
-        *("o_proj", "gate_up_proj", "down_proj"),
+        *("o_proj", "gate_proj", "down_proj"),
     }
     assert len(scaled) >= len(strengths) / 2
 

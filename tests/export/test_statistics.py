@@ -45,16 +45,21 @@ def make_samples() -> list[Sample]:
 
 @contextmanager
 def hooked(tiny: Tiny, part: str, seen: dict[str, list[Array]]) -> Iterator[None]:
-    """While it lasts, inputs [rows, K] of the linear layers whose names begin with `part` are added to `seen`."""
+    """While it lasts, inputs [rows, K] of the linear layers whose names begin with `part` are added to `seen`.
+
+    Behind the last attention, graphs go on with the last token alone.
+    """
+    last = f"language_model.layers.{tiny.model.config.text_config.num_hidden_layers - 1}."
     modules = {name.removeprefix("model."): module for name, module in tiny.model.named_modules()}
     handles = []
     for linear in linears(read_config(tiny.checkpoint)):
         if not linear.name.startswith(part):
             continue
         rows = seen.setdefault(linear.name, [])
+        first = -1 if linear.name.startswith(last) and not linear.name.endswith("qkv_proj") else 0
 
-        def take(module: object, inputs: tuple[torch.Tensor], rows: list[Array] = rows) -> None:
-            rows.append(inputs[0].reshape(-1, inputs[0].shape[-1]).double().numpy())
+        def take(module: object, inputs: tuple[torch.Tensor], rows: list[Array] = rows, first: int = first) -> None:
+            rows.append(inputs[0].reshape(-1, inputs[0].shape[-1])[first:].double().numpy())
 
         handles.append(modules[linear.weights[0].removesuffix(".weight")].register_forward_pre_hook(take))
     try:
@@ -94,7 +99,7 @@ def test_statistics_are_those_of_what_transformers_feeds_each_layer(
     runner.answer(samples, "itself", watch=collect_statistics(found, names))
     wanted = ask_transformers(tiny, samples)
     kinds = {name.split(".")[-1] for name in wanted}
-    assert kinds == {"qkv_proj", "out_proj", "fc1", "fc2", "o_proj", "gate_up_proj", "down_proj"}
+    assert kinds == {"qkv_proj", "out_proj", "fc1", "fc2", "o_proj", "gate_proj", "down_proj"}
     assert found.inputs.keys() == wanted.keys()
     for name, rows in wanted.items():
         assert found.inputs[name].rows == len(rows), name

@@ -9,7 +9,7 @@ import numpy as np
 
 from paliedge.benching.record import Roofs, Run, Stage
 from paliedge.manifest import Manifest, Target
-from paliedge.roofline import decoder_flops, prefill_flops_saved, vision_flops
+from paliedge.roofline import decoder_flops, prefill_flops, vision_flops
 
 
 def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, prompt_tokens: int) -> Run:
@@ -19,12 +19,11 @@ def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, promp
     share reads the weights once for all, so it has no such figure. The roof of operations is that of floats.
     """
     prefix = manifest.model.vision.num_image_tokens + prompt_tokens
-    skipped = prefill_flops_saved(manifest, prefix) if target.prefill else 0
     needs = {
         "vision": (_file_bytes(manifest, target.vision_encoder.weights), vision_flops(manifest.model)),
         "prefill": (
             _file_bytes(manifest, (target.prefill or target.decoder).weights),
-            decoder_flops(manifest, prefix, prefix) - skipped,
+            prefill_flops(manifest, prefix) if target.prefill else decoder_flops(manifest, prefix, prefix),
         ),
     }
     if run.batch == 1:
