@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
+from paliedge.benching import roofs
 from paliedge.benching.conditions import QuietWatch, describe_conditions
 from paliedge.benching.power import find_meter
 from paliedge.benching.roofs import measure_cpu, measure_cpu_apart
@@ -184,13 +187,39 @@ def test_a_throttled_processor_is_told(jetson: Path, counter: str) -> None:
 def test_a_probe_that_fails_leaves_no_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     found = measure_cpu_apart(1)
-    assert (found.read_bytes_per_s, found.flops_per_s) == (None, None)
+    assert (found.read_bytes_per_s, found.flops_per_s, found.int8_ops_per_s) == (None, None, None)
     assert "not measured" in found.how
 
 
 def test_roofs_are_what_arithmetic_can_reach() -> None:
-    found = measure_cpu()
+    found = measure_cpu(1)
     assert found.read_bytes_per_s is not None
     assert found.flops_per_s is not None
+    assert found.int8_ops_per_s is not None
     assert 1e8 < found.read_bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e14
+    assert 1e8 < found.int8_ops_per_s < 1e15
+
+
+def test_without_onnx_runtime_integers_have_no_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = measure_cpu(1)
+    assert found.int8_ops_per_s is None
+    assert "int8" not in found.how
+
+
+def test_the_product_that_is_timed_is_one_of_integers() -> None:
+    wanted = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMulInteger", ["a", "b"], ["y"])],
+            "int8_product",
+            [
+                helper.make_tensor_value_info("a", TensorProto.UINT8, ["M", "K"]),
+                helper.make_tensor_value_info("b", TensorProto.INT8, ["K", "N"]),
+            ],
+            [helper.make_tensor_value_info("y", TensorProto.INT32, ["M", "N"])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    assert onnx.load(Path(roofs.__file__).with_name("int8_product.onnx")) == wanted

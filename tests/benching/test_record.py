@@ -72,7 +72,7 @@ def make_record(token: float = 5.0, precision: str = "int8", **changes: object) 
         subject=subject,
         conditions={"processor": "a board's", "git": "abc"},
         warnings=["not quiet"],
-        roofs=Roofs(read_bytes_per_s=30e9, flops_per_s=200e9, how="numpy"),
+        roofs=Roofs(read_bytes_per_s=30e9, flops_per_s=100e9, int8_ops_per_s=200e9, how="numpy"),
         cold_start=ColdStart(imports=0.1, bundle=0.1, engine=1.0, first_answer=0.5, second_answer=0.1, process=2.0),
         memory=Memory(peak_rss=10**9, pss=None, anonymous=10**8, device=None),
         accuracy=Accuracy(num_answers=6, num_equal=5, num_ties=1),

@@ -105,7 +105,7 @@ def _draw_roofline(axes: Any, records: Sequence[Record]) -> bool:
         if not points or not record.roofs.read_bytes_per_s:
             continue
         any_drawn = True
-        bandwidth, highest = record.roofs.read_bytes_per_s / 1e9, (record.roofs.flops_per_s or 0) / 1e9
+        bandwidth, highest = record.roofs.read_bytes_per_s / 1e9, _highest(record)
         edges = [min(one.intensity for one in points) / 2, max(one.intensity for one in points) * 2]
         if highest:
             edges = sorted([*edges, highest / bandwidth])
@@ -125,11 +125,16 @@ def _draw_roofline(axes: Any, records: Sequence[Record]) -> bool:
         yscale="log",
         xlabel="operations a byte of weights and cache",
         ylabel="10^9 operations a second",
-        title="Roofs: memory (slope) and float32 products (flat), as measured",
+        title="Roofs: memory (slope) and products of floats or integers (flat), as measured",
     )
     if any_drawn:
         axes.legend(fontsize="small")
     return any_drawn
+
+
+def _highest(record: Record) -> float:
+    """10^9 operations a second of the roof, 0 where there is none."""
+    return (record.roofs.operations_per_s(record.subject.precision) or 0) / 1e9
 
 
 class _Point(NamedTuple):

@@ -131,11 +131,19 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Roofs(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine reached just before, and with what: bytes and operations a second."""
+    """What this machine reached just before, and with what: bytes and operations a second.
+
+    `int8_ops_per_s` is of products of integers, which int8 and int4 linear layers are.
+    """
 
     read_bytes_per_s: float | None
     flops_per_s: float | None
     how: str
+    int8_ops_per_s: float | None = None
+
+    def operations_per_s(self, precision: str) -> float | None:
+        """Those of the linear layers of graphs of this precision."""
+        return self.int8_ops_per_s if precision in ("int8", "int4") else self.flops_per_s
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):

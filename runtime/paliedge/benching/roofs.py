@@ -1,6 +1,6 @@
 """How fast this machine reads memory and multiplies, measured just before: what MBU and MFU are shares of.
 
-`python -m paliedge.benching.roofs` prints the CPU's as JSON.
+`python -m paliedge.benching.roofs THREADS` prints the CPU's as JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -19,6 +20,8 @@ from paliedge.benching.record import Roofs
 _PROBE_BYTES = 1 << 28
 _PROBE_WIDTH = 1 << 14
 _MATRIX = 1536
+_INT8_PRODUCT = Path(__file__).with_name("int8_product.onnx")
+"""ONNX's MatMulInteger of "a" uint8 [M, K] and "b" int8 [K, N], and nothing else; a test writes it down."""
 _REPEATS = 10
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """What BLAS libraries ask, once, when they are loaded."""
@@ -26,7 +29,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 
 def measure_cpu_apart(num_threads: int) -> Roofs:
     """`measure_cpu` in a process of its own, whose memory and threads are its own; no roofs where that fails."""
-    command = [sys.executable, "-m", "paliedge.benching.roofs"]
+    command = [sys.executable, "-m", "paliedge.benching.roofs", str(num_threads)]
     threads = dict.fromkeys(_THREAD_VARIABLES, str(num_threads))
     done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **threads})
     if done.returncode:
@@ -39,8 +42,8 @@ def no_roofs(reason: str) -> Roofs:
     return Roofs(read_bytes_per_s=None, flops_per_s=None, how=f"not measured: {reason}")
 
 
-def measure_cpu() -> Roofs:
-    """By NumPy's float32 products, the best of several times.
+def measure_cpu(num_threads: int) -> Roofs:
+    """By NumPy's float32 products, and ONNX Runtime's of integers where it is installed, the best of several times.
 
     Bytes by a matrix and a vector, which is what a decode step does: several rows are read at once, and faster than one
     long array is summed up.
@@ -48,11 +51,27 @@ def measure_cpu() -> Roofs:
     vector = np.ones(_PROBE_WIDTH, np.float32)
     matrix = np.ones((_PROBE_BYTES // vector.nbytes, _PROBE_WIDTH), np.float32)
     square = np.ones((_MATRIX, _MATRIX), np.float32)
+    how = f"numpy, float32: a matrix of {_PROBE_BYTES >> 20} MiB times a vector; matrices of {_MATRIX} x {_MATRIX}"
+    integers = _measure_integers(num_threads)
     return Roofs(
         read_bytes_per_s=matrix.nbytes / _best(lambda: matrix @ vector),
         flops_per_s=2 * _MATRIX**3 / _best(lambda: square @ square),
-        how=f"numpy, float32: a matrix of {_PROBE_BYTES >> 20} MiB times a vector; matrices of {_MATRIX} x {_MATRIX}",
+        how=f"{how}; onnxruntime, int8: the same" if integers else how,
+        int8_ops_per_s=integers,
     )
+
+
+def _measure_integers(num_threads: int) -> float | None:
+    """None without ONNX Runtime: NumPy's products of integers are no roof."""
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError:
+        return None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    session = ort.InferenceSession(_INT8_PRODUCT, options, providers=["CPUExecutionProvider"])
+    square = {"a": np.ones((_MATRIX, _MATRIX), np.uint8), "b": np.ones((_MATRIX, _MATRIX), np.int8)}
+    return 2 * _MATRIX**3 / _best(lambda: session.run(None, square))
 
 
 def measure_gpu() -> Roofs:
@@ -89,4 +108,4 @@ def _best(work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    print(msgspec.json.encode(measure_cpu()).decode())
+    print(msgspec.json.encode(measure_cpu(int(sys.argv[1]))).decode())

@@ -16,7 +16,8 @@ def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, promp
     """`run` with achieved bandwidth and operations of vision, prefill and decode steps, and their shares.
 
     Each reads its weights once, a decode step of one request all of the cache, too; a step that several requests
-    share reads the weights once for all, so it has no such figure. The roof of operations is that of floats.
+    share reads the weights once for all, so it has no such figure. The roof of operations is that of the linear
+    layers' products, of integers or of floats.
     """
     prefix = manifest.model.vision.num_image_tokens + prompt_tokens
     needs = {
@@ -28,10 +29,10 @@ def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, promp
     }
     if run.batch == 1:
         needs["token"] = step_bytes(manifest, target), decoder_flops(manifest, 1, prefix)
-    if target.precision in ("int8", "int4"):
-        roofs = msgspec.structs.replace(roofs, flops_per_s=None)
+    highest = roofs.operations_per_s(target.precision)
     stages = {
-        name: _with_shares(stage, *needs[name], roofs) if name in needs else stage for name, stage in run.stages.items()
+        name: _with_shares(stage, *needs[name], roofs.read_bytes_per_s, highest) if name in needs else stage
+        for name, stage in run.stages.items()
     }
     return msgspec.structs.replace(run, stages=stages)
 
@@ -52,7 +53,9 @@ def _file_bytes(manifest: Manifest, names: Sequence[str]) -> int:
     return sum(manifest.files[name].size for name in names)
 
 
-def _with_shares(stage: Stage, num_bytes: int, flops: int, roofs: Roofs) -> Stage:
+def _with_shares(
+    stage: Stage, num_bytes: int, flops: int, bytes_per_s: float | None, operations_per_s: float | None
+) -> Stage:
     seconds = _seconds(stage)
     if not seconds:  # images that were encoded before
         return stage
@@ -60,8 +63,8 @@ def _with_shares(stage: Stage, num_bytes: int, flops: int, roofs: Roofs) -> Stag
         stage,
         gigabytes_per_s=num_bytes / seconds / 1e9,
         gigaflops_per_s=flops / seconds / 1e9,
-        mbu=num_bytes / seconds / roofs.read_bytes_per_s if roofs.read_bytes_per_s else None,
-        mfu=flops / seconds / roofs.flops_per_s if roofs.flops_per_s else None,
+        mbu=num_bytes / seconds / bytes_per_s if bytes_per_s else None,
+        mfu=flops / seconds / operations_per_s if operations_per_s else None,
     )
 
 
