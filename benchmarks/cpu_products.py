@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_products
 
-Gemma-2B's gate and up, 2048 x 32768, and its down projection, at one row (a decode step) and at 272 (a
+Gemma-2B's gate or up, 2048 x 16384, both in one, and its down projection, at one row (a decode step) and at 272 (a
 prefill). All products take turns, so that a machine that changes its speed changes it for all.
 """
 
@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.machine import describe_machine
 
-SHAPES = ((2048, 32768), (16384, 2048))
+SHAPES = ((2048, 16384), (2048, 32768), (16384, 2048))
 ROWS = (1, 272)
 GROUP = 128
 _DOMAIN = "com.microsoft"

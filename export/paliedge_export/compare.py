@@ -85,7 +85,8 @@ class Answers:
         reference: whose they are.
         features: image_features [N, H] of each image.
         answers: for each image one a prompt.
-        layers: what leaves each layer, [S, H], for the last image and its first prompt.
+        layers: what leaves each layer, for the last image and its first prompt: [N, H] of the vision encoder's, [1, H]
+            of the decoder's, the prefix's last token; from transformers of all tokens.
         num_not_finite: activations that were infinite or no number.
     """
 
@@ -164,7 +165,7 @@ class Runner:
             features: FloatArray = seen["image_features"][0]
             watch(seen)
             found.features.append(features)
-            self._note(found, seen, keep=index == last)
+            self._note(found, seen, len(features) if index == last else 0)
             row = []
             for place, prompt in enumerate(sample.prompts):
                 lead = forced.answers[index][place].tokens if forced else None
@@ -198,7 +199,7 @@ class Runner:
         prefix = np.concatenate([features, self._embed(ids)])
         seen = self._graphs.prefill(prefix, self._allowed)
         watch(seen)
-        self._note(found, seen, keep=keep)
+        self._note(found, seen, int(keep))
         tokens: list[int] = []
         scores: list[float] = []
         hidden: list[FloatArray] = []
@@ -206,7 +207,7 @@ class Runner:
             if place:
                 seen = self._graphs.decode(self._embed([lead[place - 1] if lead else tokens[-1]])[0], self._allowed)
                 watch(seen)
-                self._note(found, seen, keep=False)
+                self._note(found, seen, 0)
             tokens.append(int(seen["next_token"][0]))
             scores.append(float(seen["log_prob"][0]))
             if LAST_HIDDEN in seen:
@@ -216,11 +217,12 @@ class Runner:
         return Answer(tokens, scores, np.array(hidden, np.float32))
 
     @staticmethod
-    def _note(found: Answers, seen: Outputs, *, keep: bool) -> None:
+    def _note(found: Answers, seen: Outputs, num_kept: int) -> None:
+        """Count what is no number, and keep the last tokens of what leaves each layer."""
         floats = [array for array in seen.values() if array.dtype == np.float32]
         found.num_not_finite += sum(int((~np.isfinite(array)).sum()) for array in floats)
-        if keep:
-            found.layers |= {name: seen[layer_output(name)][0] for name in layer_names(seen)}
+        if num_kept:
+            found.layers |= {name: seen[layer_output(name)][0, -num_kept:] for name in layer_names(seen)}
 
 
 def collect_statistics(statistics: Statistics, linears: Container[str]) -> Callable[[Outputs], None]:
@@ -280,7 +282,7 @@ def compare(
     ]
     layers = {
         name: float(_cosines(found.layers[name], layer[-len(found.layers[name]) :]).mean())
-        for name, layer in reference.layers.items()  # behind a prefill of its own, of the last token
+        for name, layer in reference.layers.items()
     }
     return TargetReport(precision, GATES[precision], summary, layers, rows)
 

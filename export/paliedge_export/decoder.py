@@ -134,9 +134,9 @@ def _enter_layer(
 
 
 def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, attended: str) -> tuple[str, str]:
-    """What a layer makes of its input `x` [B, S, H] and of what its heads saw, [B, S, heads * head_dim].
+    """What a layer makes of its input `x` [B, S, H] and what its heads saw, [B, S, heads * head_dim].
 
-    The layer's output is the sum of the two [B, S, H] that this returns: the next norm adds them up.
+    In the last layer S is 1. The output is the sum of the two [B, S, H] that this returns: the next norm adds them up.
     """
     name = _layer_name(index)
     attended = graph.linear(attended, f"{name}.self_attn.o_proj", per_token=True)

@@ -31,7 +31,7 @@ _INT8_ACTIVATIONS = 4
 
 
 def layer_output(layer: str) -> str:
-    """Name of the tensor that leaves a layer: the residual stream [B, S, H]."""
+    """Name of the tensor that leaves a layer: the residual stream [B, S, H], the decoder's last one [B, 1, H]."""
     return f"{layer}.output"
 
 

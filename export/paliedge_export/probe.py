@@ -132,9 +132,11 @@ def _add_statistics(model: onnx.ModelProto) -> list[str]:
     stored = {tensor.name for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL}
     axes = onnx.numpy_helper.from_array(np.array([0, 1]), "axes of tokens")
     nodes, names = [], []
+    seen: set[str] = set()
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in stored:
+        if node.op_type == "MatMul" and node.input[1] in stored and node.input[0] not in seen:
             x, linear = node.input[0], node.input[1].removesuffix(".weight")
+            seen.add(x)  # of layers that read the same, the first one's name stands for all
             made = [linear + ending for ending in (".abs", ABSMAX, ".square", MEAN_SQUARE, ROWS)]
             nodes += [
                 helper.make_node("Abs", [x], made[:1]),

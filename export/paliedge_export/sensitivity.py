@@ -31,7 +31,7 @@ class LayerError(msgspec.Struct):
     """What it costs to quantise one linear layer alone, and what it weighs.
 
     Attributes:
-        name: of the linear layer.
+        name: of the linear layer; `gate_proj` stands for `up_proj`, too, see `paliedge_export.linears`.
         bits: of its weight, quantised.
         error: 1 less the mean cosine of the last hidden states.
         num_weights: how many it has.

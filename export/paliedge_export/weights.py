@@ -256,16 +256,16 @@ def _add_decoder(
 def _add_linear(file: WeightFile, checkpoint: Tensors, linear: Linear, encoding: Encoding) -> None:
     """The matrices of a linear layer as [in, out] or in integers."""
     bits = encoding.bits(linear.name)
+    found = encoding.inputs[linear.name] if bits and encoding.inputs else None
     for name, sources in linear.matrices.items():
         weight = np.concatenate([checkpoint[source] for source in sources]).T
-        if not bits or encoding.inputs is None:
-            file.add(f"{name}.weight", weight, encoding.dtype)
-        else:
-            found = encoding.inputs[linear.name]
+        if found:
             _add_quantized(file, name, weight.astype(np.float32), bits, found.mean_square, encoding.layout)
-    if bits == 8 and encoding.inputs and encoding.layout == "qdq":
-        largest = encoding.inputs[linear.name].absmax.max()
-        file.add(f"{linear.name}.input_scale", np.maximum(largest / INT8_MAX, _SMALLEST_INPUT_SCALE))
+        else:
+            file.add(f"{name}.weight", weight, encoding.dtype)
+    if found and bits == 8 and encoding.layout == "qdq":
+        scale = np.maximum(found.absmax.max() / INT8_MAX, _SMALLEST_INPUT_SCALE)
+        file.add(f"{linear.name}.input_scale", scale)
 
 
 def _add_quantized(file: WeightFile, name: str, weight: Floats, bits: int, importance: Floats, layout: Layout) -> None:

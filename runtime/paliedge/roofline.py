@@ -156,7 +156,7 @@ def decoder_flops(manifest: Manifest, tokens: int, length: int) -> int:
 
 
 def prefill_flops(manifest: Manifest, tokens: int) -> int:
-    """Operations of a prefill that has a graph of its own, and of the decode step that follows with the last token."""
+    """Operations that a prefill with a graph of its own needs: of the last attention, the last token's."""
     text = manifest.model.text
     return decoder_flops(manifest, tokens, tokens) - _attention_flops(text, tokens - 1, tokens)
 

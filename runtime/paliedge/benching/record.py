@@ -23,7 +23,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         wall, samples_ms: by the clock on the wall.
         device, device_samples_ms: by the GPU's own events; None and empty where it has none.
         gigabytes_per_s, gigaflops_per_s: what the median makes of the bytes and operations that the stage needs.
-        mbu, mfu: the same over the machine's measured roofs; no MFU of integers, whose roof is not measured.
+        mbu, mfu: the same over the machine's measured roofs, MFU over that of the linear layers' products.
     """
 
     wall: Summary
@@ -133,7 +133,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 class Roofs(msgspec.Struct, frozen=True, kw_only=True):
     """What this machine reached just before, and with what: bytes and operations a second.
 
-    `int8_ops_per_s` is of products of integers, which int8 and int4 linear layers are.
+    `int8_ops_per_s` is of products of integers, which int8 and int4 linear layers are on a CPU. No GPU has it.
     """
 
     read_bytes_per_s: float | None

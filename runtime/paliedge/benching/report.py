@@ -144,7 +144,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
     if roofs.flops_per_s:
         yield "this machine multiplies", f"{roofs.flops_per_s / 1e9:.1f} GFLOP/s"
     if roofs.int8_ops_per_s:
-        yield "and 8-bit integers", f"{roofs.int8_ops_per_s / 1e9:.1f} GOP/s"
+        yield "this machine multiplies 8-bit integers", f"{roofs.int8_ops_per_s / 1e9:.1f} GOP/s"
     yield "measured by", roofs.how
     if record.accuracy:
         found = record.accuracy
