@@ -78,8 +78,8 @@ def _ours() -> Iterator[str]:
 
 
 _BENCH_HEAD = (
-    *("machine", "bundle", "scenario", "first token", "a token", "answer", "answers/s", "MBU of a token"),
-    *("peak RSS, GB", "load, s", "answers as exported"),
+    *("machine", "bundle", "scenario", "first token", "a token", "answer", "answers/s"),
+    *("MFU of prefill", "MBU of a token", "peak RSS, GB", "load, s", "answers as exported"),
 )
 
 
@@ -92,7 +92,7 @@ def _drawn() -> list[str]:
 def _bench_rows(record: Record) -> Iterator[list[str]]:
     subject, cold, accuracy = record.subject, record.cold_start, record.accuracy
     for run in record.runs:
-        token = run.stages.get("token")
+        prefill, token = run.stages.get("prefill"), run.stages.get("token")
         yield [
             _machine(record),
             f"{subject.bundle} {subject.precision}, `{subject.target}`",
@@ -101,6 +101,7 @@ def _bench_rows(record: Record) -> Iterator[list[str]]:
             _median(token.wall) if token else "-",
             _median(run.latency),
             f"{run.answers_per_s:.2f}",
+            f"{prefill.mfu:.0%}" if prefill and prefill.mfu else "-",
             f"{token.mbu:.0%}" if token and token.mbu else "-",
             f"{record.memory.peak_rss / 1e9:.2f}",
             f"{cold.engine:.2f}" if cold else "-",

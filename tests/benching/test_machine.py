@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 from paliedge.benching import roofs
 from paliedge.benching.conditions import QuietWatch, describe_conditions
 from paliedge.benching.power import find_meter
-from paliedge.benching.roofs import measure_cpu, measure_cpu_apart
+from paliedge.benching.record import Roofs
+from paliedge.benching.roofs import higher, measure_cpu, measure_cpu_apart, no_roofs
 
 
 def write(root: Path, name: str, content: str) -> None:
@@ -199,6 +200,13 @@ def test_roofs_are_what_arithmetic_can_reach() -> None:
     assert 1e8 < found.read_bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e14
     assert 1e8 < found.int8_ops_per_s < 1e15
+
+
+def test_the_higher_of_two_probes_is_the_roof() -> None:
+    first = Roofs(read_bytes_per_s=3.0, flops_per_s=None, how="numpy", int8_ops_per_s=7.0)
+    second = Roofs(read_bytes_per_s=2.0, flops_per_s=5.0, how="numpy", int8_ops_per_s=8.0)
+    assert higher(first, second) == Roofs(read_bytes_per_s=3.0, flops_per_s=5.0, how="numpy", int8_ops_per_s=8.0)
+    assert higher(no_roofs("a"), no_roofs("b")) == no_roofs("a")
 
 
 def test_without_onnx_runtime_integers_have_no_roof(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,11 +81,13 @@ def bench(
         report(said[-1])
         doubts = _batch_warnings(model, settings.plans)
         on_gpu = model.has_device_clock or "CUDA" in _backend(said[-1])
-        roofs = _measure_roofs(settings.num_threads or _num_cores(), on_gpu=on_gpu)
+        num_threads = settings.num_threads or _num_cores()
+        roofs = _measure_roofs(num_threads, on_gpu=on_gpu)
         runs, interrupted = _run_all(model, queries, settings, progress, find_meter(gpu=on_gpu))
         accuracy = None
         if not interrupted:
             try:
+                roofs = probes.higher(roofs, _measure_roofs(num_threads, on_gpu=on_gpu))
                 accuracy = _check_answers(bundle, model)
             except KeyboardInterrupt:
                 interrupted = True

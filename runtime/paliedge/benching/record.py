@@ -131,7 +131,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Roofs(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine reached just before, and with what: bytes and operations a second.
+    """What this machine reached just before or just after, and with what: bytes and operations a second.
 
     `int8_ops_per_s` is of products of integers, which int8 and int4 linear layers are on a CPU. No GPU has it.
     """

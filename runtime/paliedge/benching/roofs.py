@@ -1,4 +1,4 @@
-"""How fast this machine reads memory and multiplies, measured just before: what MBU and MFU are shares of.
+"""How fast this machine reads memory and multiplies, measured just before and after: what MBU and MFU are shares of.
 
 `python -m paliedge.benching.roofs THREADS` prints the CPU's as JSON.
 """
@@ -41,6 +41,20 @@ def measure_cpu_apart(num_threads: int) -> Roofs:
 def no_roofs(reason: str) -> Roofs:
     """Of a machine that could not be probed."""
     return Roofs(read_bytes_per_s=None, flops_per_s=None, how=f"not measured: {reason}")
+
+
+def higher(first: Roofs, second: Roofs) -> Roofs:
+    """The better of two probes, figure by figure: a neighbour that took its share of the machine is no roof."""
+    return Roofs(
+        read_bytes_per_s=_larger(first.read_bytes_per_s, second.read_bytes_per_s),
+        flops_per_s=_larger(first.flops_per_s, second.flops_per_s),
+        how=first.how,
+        int8_ops_per_s=_larger(first.int8_ops_per_s, second.int8_ops_per_s),
+    )
+
+
+def _larger(first: float | None, second: float | None) -> float | None:
+    return max(first or 0, second or 0) or None
 
 
 def measure_cpu(num_threads: int) -> Roofs:
