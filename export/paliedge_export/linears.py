@@ -1,7 +1,7 @@
 """The linear layers of a model by name: what graphs multiply with, what reads the same input, what makes it.
 
-Query, key and value are one matrix. Gate and up are two: of one product as wide as both, ONNX Runtime's
-CPU kernels make 1.15 instead of 1.36 tera-operations a second, and cut the result on one core.
+Query, key and value are one matrix. Gate and up are two: one product as wide as both takes ONNX Runtime's
+CPU kernels a tenth longer (benchmarks/cpu_products.py), and its result is cut on one core.
 
 A layer's input channels may be divided by any number if its weight's rows are multiplied by it and
 the tensor that makes the channel is divided: a norm's weight, or the output rows of the linear layer
