@@ -253,7 +253,6 @@ def load_graph(
     options = ort.SessionOptions()
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")  # older ones pass over it
     options.enable_mem_pattern = plan_memory
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
