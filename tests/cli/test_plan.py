@@ -52,7 +52,8 @@ def test_an_orin_nano_is_told_that_fp16_does_not_fit(bundle: Path) -> None:
     memory, times = (line.split() for line in result.stdout.splitlines() if line.startswith("fp16"))
     assert memory[1:3] == ["5.85", "GB"]
     assert memory[-3:] == ["18.16", "GB", "no"]
-    assert " ".join(times[1:]) == "13.2 / 24.9 65.3 / 123 49.2 / 65.7 522 / 739"
+    # Published for whole layers: 65.3 / 123 and 522 / 739; 5.2 % of that prefill is left out behind the last attention.
+    assert " ".join(times[1:]) == "13.2 / 24.9 61.9 / 117 49.2 / 65.7 518 / 732"
     assert "int4 for jetpack7 (JetPack 7.2) or jetpack6 (JetPack 6.2)" in line_of(result.stdout, "recommended")
     assert line_of(result.stdout, "recommended").endswith("; a build wants 0.82 GB of swap")
 
@@ -102,7 +103,7 @@ def test_json_holds_the_same_figures(bundle: Path) -> None:
     fp16 = plan["precisions"][0]
     assert (fp16["precision"], fp16["residency"]) == ("fp16", "none")
     assert fp16["memory"]["decoder"] == 2 * (1_981_884_416 + 257216 * 2048)
-    assert fp16["floor"]["answer"] == pytest.approx(522, abs=0.5)
+    assert fp16["floor"]["answer"] == pytest.approx(522 - 0.052 * 65.3, abs=0.5)
     assert len(json.loads(run("plan", bundle, "--json").stdout)["plans"]) == len(DEVICES)
 
 

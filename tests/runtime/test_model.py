@@ -226,17 +226,18 @@ def test_the_cache_stays_where_it_is_and_decoding_allocates_nothing_that_grows()
 
 
 def test_a_small_model_runs_on_one_thread_and_a_large_one_on_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
+    """And only the small one is given its memory in one piece."""
+    seen: list[tuple[int, bool]] = []
     load = ort_session.load_graph
 
-    def count(path: Path, num_threads: int, *rest: Any) -> Any:
-        threads.append(num_threads)
-        return load(path, num_threads, *rest)
+    def count(path: Path, num_threads: int, *rest: Any, plan_memory: bool) -> Any:
+        seen.append((num_threads, plan_memory))
+        return load(path, num_threads, *rest, plan_memory=plan_memory)
 
     monkeypatch.setattr(ort_session, "load_graph", count)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
     for small, given, expected in ((10**9, 0, 1), (1, 0, 3), (1, 2, 2)):
         monkeypatch.setattr(ort_session, "_SMALL_BYTES", small)
         OrtSession(Bundle(SHIPPED_BUNDLE), num_threads=given).close()
-        assert set(threads) == {expected}
-        threads.clear()
+        assert set(seen) == {(expected, small > 1)}
+        seen.clear()
