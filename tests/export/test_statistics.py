@@ -97,8 +97,8 @@ def test_statistics_are_those_of_what_transformers_feeds_each_layer(
     runner = Runner(tiny.bundle, "cpu", statistics=True)
     names = {linear.name for linear in linears(read_config(tiny.checkpoint))}
     answers = runner.answer(samples, "itself", watch=collect_statistics(found, names))
-    tokens = {name.split(".")[0]: len(layer) for name, layer in answers.layers.items()}
-    assert tokens == {"vision_tower": len(answers.features[0]), "language_model": 1}
+    tokens = {(name.split(".")[0], len(layer)) for name, layer in answers.layers.items()}
+    assert tokens == {("vision_tower", len(answers.features[0])), ("language_model", 1)}
     wanted = ask_transformers(tiny, samples)
     kinds = {name.split(".")[-1] for name in wanted}
     assert kinds == {"qkv_proj", "out_proj", "fc1", "fc2", "o_proj", "gate_proj", "down_proj"}
