@@ -58,7 +58,7 @@ norms 1.0. So these bounds find only what is broken.
 """
 RESULTS = ROOT / "benchmarks" / "results"
 DECLARED = {
-    "vision": "left out on both sides; our process has the vision encoder loaded all the same",
+    "vision": "left out on both sides",
     "mask": "peers are causal; ours sees the whole prefix, as PaliGemma does: as many products, half of the scores "
     "of the 272 tokens' attention hidden in theirs. With a prefix of bos alone, where agreement is measured, the "
     "masks are the same",
@@ -66,8 +66,7 @@ DECLARED = {
     "searched by numpy, inside the time of a step",
     "cache": "512 places in the peers' caches, of which llama.cpp reads those in use; ours reads all of its own",
     "ratios": "the peer's over ours: above 1 ours is faster or smaller",
-    "memory": "peak_rss counts pages of mapped weight files, anonymous does not; our process holds the vision "
-    "encoder, too (vision_bytes)",
+    "memory": "peak_rss counts pages of mapped weight files, anonymous does not",
     "builder": "onnxruntime-genai's builder adds 1 to norm weights in the checkpoint's bfloat16, which rounds them: "
     "which its fp32 form shows. That form is asked at mid only, for its memory; the builder's steps are the same",
     "bytes_per_token": "weights that a decode step reads, by file; the KV cache is below 1 % of them",
@@ -236,13 +235,11 @@ def genai_python() -> str:
 
 
 def describe_ours(folder: Path) -> dict[str, Any]:
-    """The decoder's weight files, whose names say what is in them, and what else the process loads."""
+    """The decoder's weight files, whose names say what is in them."""
     manifest = Bundle(folder, check_hashes=False).manifest
     (target,) = manifest.targets.values()
-    decoder, vision = (
-        {name: manifest.files[name].size for name in graph.weights} for graph in (target.decoder, target.vision_encoder)
-    )
-    return {"bytes_per_token": sum(decoder.values()), "tensors": decoder, "vision_bytes": sum(vision.values())}
+    sizes = {name: manifest.files[name].size for name in target.decoder.weights}
+    return {"bytes_per_token": sum(sizes.values()), "tensors": sizes}
 
 
 def prepare(shop: Workshop, form: Form) -> Contender:

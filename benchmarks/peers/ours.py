@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from paliedge.backends import BackendOptions
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 from paliedge.manifest import Manifest
-from paliedge.ort_session import OrtSession
+from paliedge.ort_session import OrtSession, load_graph
 from paliedge.session import IdRange
 
 SCENE = ROOT / "runtime" / "paliedge" / "scenes" / "scene-1.png"
@@ -41,13 +41,14 @@ class Ours:
         num_threads: of the operators.
         num_tokens: in an answer.
         num_prefix: None for an image and the usual prompt; else that many tokens of text and no image, for peers
-            that know no images.
+            that know no images: the vision encoder is not loaded then, as they have none.
     """
 
     def __init__(self, folder: Path, num_threads: int, num_tokens: int = NUM_TOKENS, num_prefix: int | None = None):
         bundle = Bundle(folder, check_hashes=False)
         manifest = bundle.manifest
-        self._session = OrtSession(bundle, next(iter(manifest.targets)), num_threads)
+        with _decoder_alone(bundle) if num_prefix else nullcontext():
+            self._session = OrtSession(bundle, next(iter(manifest.targets)), num_threads)
         self._cache, self._embed = self._session.new_cache(), EmbeddingTable(bundle)
         self._inputs = inputs_for(manifest, num_tokens, num_prefix)
         self._has_image = num_prefix is None
@@ -88,6 +89,19 @@ class Ours:
         for token, one in zip(self._inputs.forced, allowed[1:], strict=False):
             found += self._session.decode(self._cache, self._embed([token]), [one])
         return [(step.token, step.log_prob) for step in found]
+
+
+@contextmanager
+def _decoder_alone(bundle: Bundle) -> Iterator[None]:
+    """Sessions that are made meanwhile have no vision encoder."""
+    (target,) = bundle.manifest.targets.values()
+    encoder = bundle.path(target.vision_encoder.file)
+
+    def load(path: Path, *arguments: Any, **options: Any) -> onnxruntime.InferenceSession | None:
+        return None if path == encoder else load_graph(path, *arguments, **options)
+
+    with patch("paliedge.ort_session.load_graph", load):
+        yield
 
 
 @contextmanager

@@ -169,14 +169,16 @@ class GraphBuilder:
     def _linear_dynamic(self, x: str, name: str, *, per_token: bool) -> str:
         """Integer product of activations that are measured at run time, by one scale for all tokens.
 
-        `per_token` divides each token by its largest value before, and multiplies the result by it.
+        `per_token` divides each token by its largest value before, and multiplies the result by it. Its magnitude
+        is taken from both ends: absolute values would be a tensor as large as the input, written and read again.
         """
         weight, scale = self.weight(f"{name}.weight"), self.weight(f"{name}.weight_scale")
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._tensors else ""
         if not per_token:
             return self.op("DynamicQuantizeMatMul", x, weight, scale, "", bias, domain=_CONTRIB)
-        largest = self.op("ReduceMax", self.op("Abs", x), self.ints(-1))
-        largest = self.op("Max", largest, self.constant(1e-12))
+        axis = self.ints(-1)
+        ends = self.op("ReduceMax", x, axis), self.op("Neg", self.op("ReduceMin", x, axis))
+        largest = self.op("Max", *ends, self.constant(1e-12))
         product = self.op("DynamicQuantizeMatMul", self.op("Div", x, largest), weight, scale, domain=_CONTRIB)
         product = self.op("Mul", product, largest)
         return self.op("Add", product, bias) if bias else product

@@ -132,16 +132,16 @@ class OrtSession:
         self._num_threads = num_threads = num_threads or (1 if small else len(os.sched_getaffinity(0)))
         self._bundle = bundle
         self._masks: ort.InferenceSession | None = None
-        graphs = self._target.vision_encoder, self._target.decoder
-        self._vision, self._decoder = (
-            load_graph(bundle.path(graph.file), num_threads, provider, plan_memory=small) for graph in graphs
-        )
-        names, heads, dim, dtype = _cache_inputs(self._target)
-        self._empty = dict.fromkeys(names, np.zeros((1, heads, 0, dim), dtype))
-        self._prefill_outputs = [tensor.name for tensor in self._target.decoder.outputs]
+        # The decoder first: while its head is copied into the kernels' order, the head is there twice.
+        self._decoder = load_graph(bundle.path(self._target.decoder.file), num_threads, provider, plan_memory=small)
         self._prefill: ort.InferenceSession | None = None
         if self._target.prefill and provider == "cpu":  # CUDA has no kernel for its products
             self._prefill = load_graph(bundle.path(self._target.prefill.file), num_threads, plan_memory=small)
+        vision = bundle.path(self._target.vision_encoder.file)
+        self._vision = load_graph(vision, num_threads, provider, plan_memory=small)
+        names, heads, dim, dtype = _cache_inputs(self._target)
+        self._empty = dict.fromkeys(names, np.zeros((1, heads, 0, dim), dtype))
+        self._prefill_outputs = [tensor.name for tensor in self._target.decoder.outputs]
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
         (features,) = self._vision.run(["image_features"], {"pixel_values": pixel_values})

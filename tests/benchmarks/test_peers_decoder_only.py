@@ -36,8 +36,10 @@ from benchmarks.peers.gguf_file import (
     gguf_tensors,
     read_vocabulary,
 )
-from benchmarks.peers.harness import Engine
+from benchmarks.peers.harness import NUM_TOKENS, Engine
+from benchmarks.peers.ours import Ours
 from benchmarks.peers.stepping import Fed, FloatArray, forced_log_probs, take_answer
+from paliedge.model import SHIPPED_BUNDLE
 from tests.tiny import make_tiny
 
 Q8, Q4 = Form(LLAMA, "Q8_0", "int8"), Form(LLAMA, "Q4_0", "int4")
@@ -225,6 +227,13 @@ def test_disagreement_ends_with_1_behind_the_result(tmp_path: Path, monkeypatch:
     written = json.loads((tmp_path / "peers_decoder_mid.json").read_text())
     assert written["engines"] == known
     assert written["ratios"] == {}
+
+
+def test_ours_has_no_vision_encoder_beside_peers_without_one() -> None:
+    alone, whole = Ours(SHIPPED_BUNDLE, 1, num_prefix=4), Ours(SHIPPED_BUNDLE, 1)
+    assert alone._session._vision is None
+    assert whole._session._vision is not None
+    assert len(alone.answer()["chosen"]) == len(whole.answer()["chosen"]) == NUM_TOKENS
 
 
 def test_a_form_asks_with_few_tokens_and_answers_with_many() -> None:
