@@ -100,11 +100,11 @@ def group_of(kind: str, num_activations: int) -> str:
 
 
 def by_stage(graphs: Sequence[Sequence[GraphRun]]) -> dict[str, list[GraphRun]]:
-    """Of vision encoder, decoder and, if there is one, prefill, without the first answer.
+    """Of decoder, prefill, if there is one, and vision encoder, the order of loading, without the first answer.
 
     Behind a prefill of its own the decoder's first run of an answer, on the last token of the prompt, belongs to it.
     """
-    vision, decoder, *own_prefill = graphs
+    decoder, *own_prefill, vision = graphs
     whole = [decoder[start : start + NUM_TOKENS] for start in range(NUM_TOKENS, len(decoder), NUM_TOKENS)]
     prefills = [answer[0] for answer in whole]
     if own_prefill:
