@@ -12,9 +12,11 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.operator_times import GROUPS
+from benchmarks.peers.whole_model import compare_engines
 from paliedge.benching.plots import plot
 from paliedge.benching.record import Record, read_record
 
@@ -90,7 +92,8 @@ def _drawn() -> list[str]:
 
 
 def _bench_rows(record: Record) -> Iterator[list[str]]:
-    subject, cold, accuracy = record.subject, record.cold_start, record.accuracy
+    subject, accuracy = record.subject, record.accuracy
+    loads = [one.engine for one in record.cold_starts]
     for run in record.runs:
         prefill, token = run.stages.get("prefill"), run.stages.get("token")
         yield [
@@ -104,7 +107,7 @@ def _bench_rows(record: Record) -> Iterator[list[str]]:
             f"{prefill.mfu:.0%}" if prefill and prefill.mfu else "-",
             f"{token.mbu:.0%}" if token and token.mbu else "-",
             f"{record.memory.peak_rss / 1e9:.2f}",
-            f"{cold.engine:.2f}" if cold else "-",
+            f"{median(loads):.2f} ({min(loads):.2f} to {max(loads):.2f})" if loads else "-",
             f"{accuracy.num_equal} of {accuracy.num_answers}" if accuracy else "-",
         ]
 
@@ -122,8 +125,8 @@ def _peers() -> Iterator[str]:
             yield (
                 f"{title}, whole answers of 10 tokens to 16 and an image, seconds, medians of {found['num_rounds']} "
                 "rounds in which the engines took turns (those with * in an earlier run), on "
-                f"{found['machine']['cpu']}, {found['num_threads']} threads; "
-                f"`python -m benchmarks.peers.whole_model {size} --work FOLDER`:"
+                f"{found['machine']['cpu']}; `python -m benchmarks.peers.whole_model {size} --work FOLDER "
+                f"--threads {found['num_threads']} --rounds {found['num_rounds']}`:"
             )
             yield _table(
                 ("engine", "class", *_STAGES, "range of answers", "peak RSS, GB", "off fp32, nats"),
@@ -132,7 +135,7 @@ def _peers() -> Iterator[str]:
                     for name, one in _by_class(found["engines"])
                 ],
             )
-            yield from _ratios(found["comparisons"], found["failures"])
+            yield from _ratios(compare_engines(found["engines"]), found["failures"])
             yield from _overheads(found["engines"])
 
 
@@ -151,10 +154,13 @@ def _peer_row(name: str, one: dict[str, Any], agreement: dict[str, Any]) -> list
 def _ratios(comparisons: dict[str, Any], failures: dict[str, str]) -> Iterator[str]:
     lines = []
     for precision, one in comparisons["classes"].items():
-        best = one["best"]["answer"]
-        lines.append(f"- {precision}, whole answer: {_ratio(best)}")
-    if best := comparisons["best_against_best"].get("answer"):
-        lines.append(f"- whatever the precision: {_ratio(best)}")
+        memory = one["least_memory"]
+        lines.append(
+            f"- {precision}, whole answer: {_ratio(one['best']['answer'])}; least memory: {memory['theirs']} takes "
+            f"{memory['ratio']:.2f} times as much as {memory['ours']}"
+        )
+    for peer, best in comparisons["best_against"].items():
+        lines.append(f"- best against best, {peer}: {_ratio(best['answer'])}")
     lines += [f"- not measured: {name}: {reason}" for name, reason in failures.items()]
     yield "\n".join(lines)
 
@@ -179,8 +185,8 @@ def _decoders() -> Iterator[str]:
         if found:
             yield (
                 f"The decoder alone, {found['layers']} layers, {found['prefix']} tokens in, {found['tokens']} out, no "
-                "image; causal mask in the peers, prefix-LM in ours; "
-                f"`python -m benchmarks.peers.decoder_only {size} --work FOLDER`:"
+                f"image, on {found['machine']['cpu']}; causal mask in the peers, prefix-LM in ours; "
+                f"`python -m benchmarks.peers.decoder_only {size} --work FOLDER --rounds {found['rounds']}`:"
             )
             engines = {name: one for name, one in found["engines"].items() if "token" in one}
             head = (
@@ -194,11 +200,13 @@ def _decoders() -> Iterator[str]:
                 "peak RSS, GB",
             )
             yield _table((*head, "off fp32, nats"), [_decoder_row(name, one) for name, one in engines.items()])
-            yield "\n".join(
+            lines = [
                 f"- {pair}: decode {_spread(one['decode'])}, prefill {_spread(one['prefill'])}, "
                 f"memory {_spread(one['peak_rss'])}"
                 for pair, one in found["ratios"].items()
-            )
+            ]
+            lines += [f"- not at this size, it wants more memory than there is: {one}" for one in found["too_large"]]
+            yield "\n".join(lines)
 
 
 def _decoder_row(name: str, one: dict[str, Any]) -> list[str]:
@@ -229,7 +237,8 @@ def _scaling() -> Iterator[str]:
             for precision, one in found["precisions"].items()
         )
         yield (
-            f"How cost grows, {found['model']}, `python -m benchmarks.scaling --work FOLDER`: a decode step behind 90 "
+            f"How cost grows, {found['model']}, on {found['machine']['cpu']}, `python -m benchmarks.scaling --work "
+            f"FOLDER --rounds {found['num_rounds']}`: a decode step behind 90 "
             f"tokens over one behind 5 takes {steps} times as long; and of vision and prefill together:"
         )
         rows = [
@@ -251,7 +260,10 @@ def _scaling() -> Iterator[str]:
 def _overlap() -> Iterator[str]:
     found = _load("overlap.json")
     if found:
-        yield "`--overlap` encodes the next picture while this one is answered, `python -m benchmarks.overlap BUNDLE`:"
+        yield (
+            f"`--overlap` encodes the next picture while this one is answered, on {found['machine']['cpu']}, "
+            "`python -m benchmarks.overlap BUNDLE ...`:"
+        )
         rows = [
             [
                 f"{one['precision']}, {one['bundle_bytes'] / 1e9:.2g} GB",
@@ -268,8 +280,8 @@ def _operators() -> Iterator[str]:
     found = _load("operator_times.json")
     if found:
         yield (
-            "Where the time goes, by ONNX Runtime's profiler, for bundles that miss a target or come near it; "
-            "`python -m benchmarks.operator_times BUNDLE ...`:"
+            "Where the time goes, by ONNX Runtime's profiler, for bundles that miss a target or come near it, on "
+            f"{found['machine']['cpu']}; `python -m benchmarks.operator_times BUNDLE ...`:"
         )
         rows = [
             [
@@ -277,13 +289,14 @@ def _operators() -> Iterator[str]:
                 f"{one['image_size']}, {one['layers'][0]} + {one['layers'][1]} layers",
                 stage,
                 f"{part['seconds']:.3g}",
+                str(part.get("num_operators", "-")),
                 *(f"{share:.0%}" for share in part["groups"].values()),
                 ", ".join(f"{name.split(',')[0]} {share:.0%}" for name, share in list(part["operators"].items())[:3]),
             ]
             for one in found["bundles"]
             for stage, part in one["stages"].items()
         ]
-        head = ("bundle", "pixels, size", "stage", "seconds", *GROUPS, "most")
+        head = ("bundle", "pixels, size", "stage", "seconds", "operators", *GROUPS, "most")
         yield _table(head, rows)
 
 
@@ -327,7 +340,8 @@ _PARTS = (_ours, _peers, _decoders, _operators, _scaling, _overlap, _jetsons, _b
 
 def _machine(record: Record) -> str:
     facts = record.conditions
-    return f"{facts.get('board') or facts.get('processor', 'an unknown processor')} ({facts.get('cores', '?')} cores)"
+    name = facts.get("board") or facts.get("gpu") or facts.get("processor", "an unknown processor")
+    return ", ".join(part for part in (f"{name} ({facts.get('cores', '?')} cores)", facts.get("power mode")) if part)
 
 
 def _load(name: str) -> dict[str, Any]:

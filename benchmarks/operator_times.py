@@ -36,10 +36,11 @@ _PRODUCTS = ("MatMul", "FusedMatMul")
 
 
 class GraphRun(NamedTuple):
-    """One run of a graph: seconds in all, and by group and kind of operator."""
+    """One run of a graph: seconds in all, and by group and kind of operator; and how many operators ran."""
 
     seconds: float
     operators: Mapping[tuple[str, str], float]
+    num_operators: int
 
 
 @contextmanager
@@ -84,11 +85,11 @@ def read_runs(events: Sequence[Mapping[str, Any]]) -> list[GraphRun]:
     found = []
     for start, duration in runs:
         operators: dict[tuple[str, str], float] = defaultdict(float)
-        for node in nodes:
-            if start <= node["ts"] < start + duration:
-                kind = node["args"]["op_name"]
-                operators[group_of(kind, len(node["args"]["input_type_shape"])), kind] += node["dur"] / 1e6
-        found.append(GraphRun(duration / 1e6, operators))
+        own = [node for node in nodes if start <= node["ts"] < start + duration]
+        for node in own:
+            kind = node["args"]["op_name"]
+            operators[group_of(kind, len(node["args"]["input_type_shape"])), kind] += node["dur"] / 1e6
+        found.append(GraphRun(duration / 1e6, operators, len(own)))
     return found
 
 
@@ -118,7 +119,7 @@ def add(first: GraphRun, second: GraphRun) -> GraphRun:
         key: first.operators.get(key, 0.0) + second.operators.get(key, 0.0)
         for key in {*first.operators, *second.operators}
     }
-    return GraphRun(first.seconds + second.seconds, operators)
+    return GraphRun(first.seconds + second.seconds, operators, first.num_operators + second.num_operators)
 
 
 def summarise(runs: Sequence[GraphRun]) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def summarise(runs: Sequence[GraphRun]) -> dict[str, Any]:
     total = sum(seconds.values())
     ranked = sorted(seconds.items(), key=lambda item: -item[1])
     return {
-        "seconds": round(fmean(run.seconds for run in runs), 4),
+        "seconds": round(fmean(run.seconds for run in runs), 6),
+        "num_operators": runs[0].num_operators,
         "groups": {
             group: round(sum(value for key, value in seconds.items() if key[0] == group) / total, 3) for group in GROUPS
         },

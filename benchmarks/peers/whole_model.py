@@ -404,7 +404,7 @@ def compare_pair(engines: Mapping[str, Any], ours: str, theirs: str, stage: str)
 
 
 def compare_engines(engines: Mapping[str, Any]) -> dict[str, Any]:
-    """Theirs over ours within each class of precision, and of the best of both sides at each stage.
+    """Theirs over ours within each class of precision; and of the best of ours and of each peer, whatever the class.
 
     Only engines that took turns are compared: where both sides did so in several runs, those of the last.
     """
@@ -417,9 +417,14 @@ def compare_engines(engines: Mapping[str, Any]) -> dict[str, Any]:
                 "ours": ours[0],
                 "theirs": {name: _compare_all(able, ours[0], name) for name in theirs},
                 "best": _best_against_best(able, ours, theirs),
+                "least_memory": _least_memory(able, ours, theirs),
             }
-    ours, theirs = _last_rivals(able)
-    return {"classes": classes, "best_against_best": _best_against_best(able, ours, theirs) if ours else {}}
+    rivals = {
+        peer: _last_rivals({name: one for name, one in able.items() if one["peer"] in ("paliedge", peer)})
+        for peer in PEERS
+    }
+    best = {peer: _best_against_best(able, ours, theirs) for peer, (ours, theirs) in rivals.items() if ours}
+    return {"classes": classes, "best_against": best}
 
 
 def _last_rivals(engines: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -435,6 +440,13 @@ def _last_rivals(engines: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def _compare_all(engines: Mapping[str, Any], ours: str, theirs: str) -> dict[str, Any]:
     found: dict[str, Any] = {stage: compare_pair(engines, ours, theirs, stage) for stage in STAGES}
     return found | {"peak_rss": round(engines[theirs]["peak_rss"] / engines[ours]["peak_rss"], 3)}
+
+
+def _least_memory(engines: Mapping[str, Any], ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
+    """Peak resident memory of the smallest on both sides, theirs over ours."""
+    mine, other = (min(names, key=lambda name: float(engines[name]["peak_rss"])) for names in (ours, theirs))
+    ratio = round(engines[other]["peak_rss"] / engines[mine]["peak_rss"], 3)
+    return {"ours": mine, "theirs": other, "ratio": ratio}
 
 
 def _best_against_best(engines: Mapping[str, Any], ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
@@ -533,7 +545,7 @@ def main() -> None:
     arguments.results = arguments.results or RESULTS / f"peers_{arguments.size}.json"
     found = run(arguments.size, arguments)
     arguments.results.write_text(json.dumps(found, indent=2) + "\n")
-    _say(json.dumps(found["comparisons"]["best_against_best"], indent=2))
+    _say(json.dumps(found["comparisons"]["best_against"], indent=2))
     if found["failures"]:
         raise SystemExit("".join(f"{name}: {reason}\n" for name, reason in found["failures"].items()))
 

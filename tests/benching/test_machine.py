@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -89,6 +91,48 @@ def test_the_power_mode_and_the_revision_of_the_code_are_told(monkeypatch: pytes
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
     revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert found["git"].removesuffix("-dirty") == revision
+
+
+pynvml: Any = import_module("pynvml")
+
+
+class NvmlError(Exception):
+    """As NVML's own for what a GPU does not know."""
+
+
+def nvml_of(**changes: object) -> SimpleNamespace:
+    """NVML of a GPU that is hot, with the constants of the real module."""
+    real = {name: getattr(pynvml, name) for name in dir(pynvml) if name.startswith(("nvmlClocksEventReason", "NVML_"))}
+    said: dict[str, object] = {
+        "NVMLError": NvmlError,
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda device: "NVIDIA L4",
+        "nvmlSystemGetDriverVersion": lambda: "580.95.05",
+        "nvmlDeviceGetClockInfo": lambda device, clock: {pynvml.NVML_CLOCK_SM: 1200}[clock],
+        "nvmlDeviceGetTemperature": lambda device, sensor: {pynvml.NVML_TEMPERATURE_GPU: 84}[sensor],
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda device: 0x1 | 0x20,  # idle, and too warm
+    }
+    return SimpleNamespace(**(real | said | changes))
+
+
+def test_a_gpus_name_clocks_and_heat_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml_of())
+    found = describe_conditions()
+    names = ("gpu", "gpu driver", "gpu clock", "gpu temperature", "gpu slowed by")
+    assert [found[name] for name in names] == ["NVIDIA L4", "580.95.05", "1200 MHz", "84 C", "temperature"]
+    assert "the GPU was slowed down by temperature" in QuietWatch().warnings()
+
+
+def test_what_a_gpu_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise NvmlError
+
+    monkeypatch.setitem(sys.modules, "pynvml", nvml_of(nvmlDeviceGetCurrentClocksEventReasons=refuse))
+    found = describe_conditions()
+    assert found["gpu"] == "NVIDIA L4"
+    assert "gpu slowed by" not in found
+    assert not any("GPU" in line for line in QuietWatch().warnings())
 
 
 def test_a_jetsons_own_sensor_counts_joules(jetson: Path) -> None:

@@ -56,6 +56,10 @@ def make_run(token: float = 5.0, scenario: Scenario = "single-stream", batch: in
     )
 
 
+def cold_start(engine: float) -> ColdStart:
+    return ColdStart(imports=0.1, bundle=0.1, engine=engine, first_answer=0.5, second_answer=0.1, process=1 + engine)
+
+
 def make_record(token: float = 5.0, precision: str = "int8", **changes: object) -> Record:
     subject = Subject(
         bundle="bundle",
@@ -73,7 +77,7 @@ def make_record(token: float = 5.0, precision: str = "int8", **changes: object) 
         conditions={"processor": "a board's", "git": "abc"},
         warnings=["not quiet"],
         roofs=Roofs(read_bytes_per_s=30e9, flops_per_s=100e9, int8_ops_per_s=200e9, how="numpy"),
-        cold_start=ColdStart(imports=0.1, bundle=0.1, engine=1.0, first_answer=0.5, second_answer=0.1, process=2.0),
+        cold_starts=[cold_start(engine) for engine in (1.0, 1.2, 2.0)],
         memory=Memory(peak_rss=10**9, pss=None, anonymous=10**8, device=None),
         accuracy=Accuracy(num_answers=6, num_equal=5, num_ties=1),
         runs=[make_run(token)],
@@ -125,6 +129,33 @@ def test_only_scenarios_of_both_are_compared() -> None:
         compare_records(make_record(), make_record(runs=[make_run(scenario="offline")]), 0.05)
 
 
+@pytest.mark.parametrize(("n", "verdict"), [(1, "too few"), (5, "too few"), (6, "slower")])
+def test_a_handful_of_samples_is_no_verdict(n: int, verdict: str) -> None:
+    """However far apart they are: a single one has an interval of no width."""
+    first, second = (
+        msgspec.structs.replace(make_run(), stages={"token": stage(median, seed, n)})
+        for median, seed in ((5, 1), (10, 2))
+    )
+    found = compare_records(make_record(runs=[first]), make_record(runs=[second]), 0.05)
+    assert {one.stage: one.verdict for one in found}["token"] == verdict
+
+
+def test_what_lies_behind_a_latency_is_told_where_it_differs() -> None:
+    second = make_record(
+        runs=[msgspec.structs.replace(make_run(), num_changed=2), make_run(scenario="offline")],
+        memory=Memory(peak_rss=2 * 10**9, pss=None, anonymous=10**8, device=None),
+        accuracy=Accuracy(num_answers=6, num_equal=3, num_ties=1),
+        interrupted=True,
+    )
+    assert differences(make_record(), second) == [
+        "scenarios: single-stream | single-stream, offline",
+        "interrupted: False | True",
+        "peak resident memory: 1 GB | 2 GB",
+        "answers as exported: 5 equal | 3 equal",
+        "answers that changed: 0 | 2",
+    ]
+
+
 def test_what_else_differs_is_told() -> None:
     second = make_record(precision="int4", conditions={"processor": "another", "git": "abc"})
     assert differences(make_record(), second) == ["precision: int8 | int4", "processor: a board's | another"]
@@ -141,6 +172,7 @@ def test_tables_hold_the_figures(tmp_path: Path) -> None:
         assert "5 of 6" in text
         assert "not quiet" in text
         assert "n/a" in text  # no power sensor
+        assert "1.20 s (1.00 to 2.00)" in text
     for suffix in (".md", ".csv", ".jsonl", ".json"):
         save(record, tmp_path / f"record{suffix}")
     assert (tmp_path / "record.md").read_text() == to_markdown(record)
@@ -161,14 +193,15 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path, monkeypatch: pytest
     single = make_run()
     single = msgspec.structs.replace(single, stages=single.stages | {"token": token})
     sweep = [make_run(scenario="offline", batch=batch) for batch in (1, 2, 4)]
-    records = [make_record(runs=[single, *sweep]), make_record(precision="fp16", runs=[single])]
+    together = [make_run(token=5 + batch, scenario="multi-stream", batch=batch) for batch in (1, 4)]
+    records = [make_record(runs=[single, *sweep, *together]), make_record(precision="fp16", runs=[single])]
     assert {path.name for path in plot(records, tmp_path)} == {"stages.png", "batches.png", "roofline.png"}
     assert all(path.stat().st_size > 5_000 for path in tmp_path.iterdir())
     stages, batches, roofline = kept
     assert [bar.get_width() for bar in stages.axes[0].containers[2]] == [single.stages["vision"].wall.p50] * 2
     throughput, latency = ([float(value) for value in axes.lines[0].get_ydata()] for axes in batches.axes)
     assert throughput == [run.answers_per_s for run in sweep]
-    assert latency == pytest.approx([1000 * run.batch / run.answers_per_s for run in sweep])
+    assert latency == [run.latency.p50 for run in together]
     assert [tuple(map(float, point)) for point in roofline.axes[0].collections[2].get_offsets()] == [(2.0, 40.0)]
     assert max(roofline.axes[0].lines[0].get_ydata()) == pytest.approx(200.0)  # as high as the machine multiplies
     assert {path.name for path in plot([make_record()], tmp_path / "few")} == {"stages.png"}

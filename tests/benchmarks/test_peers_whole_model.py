@@ -198,9 +198,11 @@ def test_ratios_are_of_rounds_in_which_both_took_turns() -> None:
     assert fp32["theirs"]["slow"]["answer"] == {"ratio": 3.0, "range": [2.0, 4.0]}
     assert fp32["theirs"]["fast"]["answer"] == {"ratio": 0.75, "range": [0.5, 2.0]}
     assert fp32["best"]["answer"]["theirs"] == "fast"
-    assert found["best_against_best"]["token"] == {
+    assert fp32["least_memory"] == {"ours": "ours", "theirs": "fast", "ratio": 1.0}
+    assert found["best_against"]["transformers"]["token"] == {
         "ours": "ours int8", "theirs": "theirs in 16 bits", "ratio": 1.8, "range": [1.1, 2.0]
     }  # fmt: skip
+    assert found["best_against"]["openvino"]["token"]["theirs"] == "fast"
 
 
 def test_who_did_not_take_turns_is_not_compared() -> None:
@@ -214,7 +216,8 @@ def test_who_did_not_take_turns_is_not_compared() -> None:
     )
     assert found["classes"]["fp32"]["best"]["answer"]["theirs"] == "theirs, day 1"
     assert set(found["classes"]["fp32"]["theirs"]) == {"theirs, day 1"}
-    assert found["best_against_best"]["answer"]["theirs"] == "theirs, day 2"
+    assert found["best_against"]["transformers"]["answer"]["theirs"] == "theirs, day 2"
+    assert found["best_against"]["openvino"]["answer"]["theirs"] == "theirs, day 1"
 
 
 def test_results_of_engines_that_are_not_run_again_are_kept() -> None:

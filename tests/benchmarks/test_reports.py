@@ -11,6 +11,7 @@ import pytest
 from benchmarks import bench_report, operator_times
 from benchmarks.jetson_floors import floors
 from benchmarks.overlap import make_pictures, measure
+from benchmarks.peers.whole_model import STAGES
 from benchmarks.scaling import flatness, growth, operations
 from paliedge.benching.record import write_record
 from paliedge.bundle import Bundle
@@ -74,38 +75,47 @@ def test_the_page_holds_every_record_and_says_what_was_not_measured(
     write_record(make_record(token=7.0), tmp_path / "boards" / "orin.json")
     engines = {
         name: {
-            "precision": "int8",
-            **dict.fromkeys(("vision", "prefill", "token", "answer"), seconds),
+            "peer": name.split()[0],
+            "precision": name.split()[1],
+            **dict.fromkeys(STAGES, seconds),
+            "by_round": {stage: [seconds - 0.5, seconds, 2 * seconds] for stage in STAGES},
             "answer_range": [seconds, 2 * seconds],
-            "peak_rss": 10**9,
+            "peak_rss": 10**9 * seconds,
             "measured": day,
         }
-        for name, seconds, day in (("paliedge int8", 1.5, "day 2"), ("rival int8", 3.0, "day 1"))
+        for name, seconds, day in (
+            ("paliedge int8", 1.5, "day 2"),
+            ("openvino int8", 3.0, "day 2"),
+            ("transformers fp32", 6.0, "day 1"),
+        )
     }
-    best = {"ours": "paliedge int8", "theirs": "rival int8", "ratio": 2.0, "range": [1.75, 2.25]}
     peers = {
         "num_rounds": 3,
         "num_threads": 2,
         "machine": {"cpu": "a processor"},
         "engines": engines,
         "agreement": {name: {"max_difference": 0.125} for name in engines},
-        "comparisons": {"classes": {"int8": {"best": {"answer": best}}}, "best_against_best": {"answer": best}},
         "failures": {"rival int4": "cannot load it"},
     }
     (tmp_path / "peers_3b.json").write_text(json.dumps(peers))
     sizes = [{"image_size": 896, "flops": 2 * 10**12, "seconds": 4.0, "over_flops": 1.25}]
     one = {"late_over_early": 1.5, "late_over_early_range": [1.25, 1.75], "sizes": sizes}
-    scaling = {"model": "a model", "precisions": {"int8": one, "fp32": one}}
+    about = {"model": "a model", "machine": {"cpu": "a processor"}, "num_rounds": 1}
+    scaling = about | {"precisions": {"int8": one, "fp32": one}}
     (tmp_path / "scaling.json").write_text(json.dumps(scaling))
     overlapped = measure(SHIPPED_BUNDLE, make_pictures(4, 64), 0, 1, 4)
-    (tmp_path / "overlap.json").write_text(json.dumps({"bundles": [overlapped]}))
+    (tmp_path / "overlap.json").write_text(json.dumps(about | {"bundles": [overlapped]}))
     page = bench_report.render()
     assert "int8 1.500 (1.250 to 1.750); fp32 1.500 (1.250 to 1.750) times as long" in page
     assert "| fp32 | 896 | 2.00 | 4.00 | 500 | 1.25 |" in page
     assert f"| {overlapped['speedup']:.2f} (" in page
     assert page.count("| bundle int8, `cpu` |") == 2
-    assert "| rival int8* | int8 | 3 | 3 | 3 | 3 | 3 to 6 | 1.00 | 0.125 |" in page
-    assert "paliedge int8 is 2.00 times (1.75 to 2.25) as fast as rival int8" in page
+    assert "| openvino int8 | int8 | 3 | 3 | 3 | 3 | 3 to 6 | 3.00 | 0.125 |" in page
+    assert "| transformers fp32* | fp32 | 6 | 6 | 6 | 6 | 6 to 12 | 6.00 | 0.125 |" in page
+    faster = "paliedge int8 is 2.00 times (2.00 to 2.50) as fast as openvino int8"
+    assert f"- int8, whole answer: {faster}; least memory: openvino int8 takes 2.00 times as much as" in page
+    assert f"- best against best, openvino: {faster}" in page
+    assert "best against best, transformers" not in page  # they took no turns
     assert "not measured: rival int4: cannot load it" in page
     token = make_record(token=7.0).runs[0].stages["token"].wall
     last = next(line for line in page.splitlines()[::-1] if "| bundle int8" in line)

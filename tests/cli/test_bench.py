@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from paliedge.benching.bench import _backend
-from paliedge.benching.record import read_record, write_record
+from paliedge.benching.record import Roofs, read_record, write_record
 from paliedge.benching.scenarios import Answer, Plan, Trace
 from paliedge.benching.shares import add_shares, step_bytes
 from paliedge.bundle import Bundle
@@ -49,8 +49,8 @@ def test_a_run_measures_every_stage_scenario_and_the_machine(measured: Path) -> 
     parts = sum(single.stages[name].wall.mean for name in ("ttft", "parse"))
     decoding = sum(single.stages["token"].samples_ms) / 8
     assert single.stages["answer"].wall.mean == pytest.approx(parts + decoding, rel=0.2)
-    assert record.cold_start is not None
-    assert record.cold_start.process > record.cold_start.imports + record.cold_start.engine
+    assert len(record.cold_starts) == 3
+    assert all(one.process > one.imports + one.engine for one in record.cold_starts)
     assert record.accuracy is not None
     assert record.accuracy.num_equal == record.accuracy.num_answers
     assert record.subject.sha256 == Bundle(SHIPPED_BUNDLE).manifest.sha256
@@ -94,7 +94,8 @@ def test_a_folder_of_pictures_and_a_prompt_can_be_measured() -> None:
     record = json.loads(result.stdout)
     assert record["subject"]["prompts"] == ["ocr"]
     assert record["runs"][0]["num_answers"] == 3
-    assert record["cold_start"] is None
+    assert record["cold_starts"] == []
+    assert (record["subject"]["num_images"], record["subject"]["num_threads"]) == (3, 0)
 
 
 def test_ctrl_c_writes_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ def test_ctrl_c_writes_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [one.scenario for one in record.runs] == ["single-stream"]
     assert record.runs[0].interrupted
     assert record.runs[0].num_answers == 7
-    assert record.cold_start is None
+    assert record.cold_starts == []
 
 
 @pytest.mark.parametrize("late", ["_check_answers", "measure_cold_start"])
@@ -125,7 +126,7 @@ def test_ctrl_c_behind_the_scenarios_keeps_them(tmp_path: Path, monkeypatch: pyt
     assert record.interrupted
     assert record.runs[0].num_answers == 3
     assert (record.accuracy is None) == (late == "_check_answers")
-    assert record.cold_start is None
+    assert record.cold_starts == []
 
 
 def test_progress_is_shown_before_the_first_whole_batch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +168,18 @@ def test_a_cold_start_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert result.exit_code == 0
     assert json.loads(result.stdout)["runs"][0]["num_answers"] == 3
     assert "no cold start" in result.stderr
+
+
+def test_memory_that_is_now_faster_now_slower_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = iter((20e9, 40e9))
+
+    def probe(*_: object) -> Roofs:
+        return Roofs(read_bytes_per_s=next(probes), flops_per_s=None, how="made up")
+
+    monkeypatch.setattr("paliedge.benching.roofs.measure_cpu_apart", probe)
+    result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
+    assert json.loads(result.stdout)["roofs"]["read_bytes_per_s"] == 40e9
+    assert "at 20.0 and at 40.0 GB/s" in result.stderr
 
 
 @pytest.mark.parametrize(("token", "exit_code"), [(5.0, 0), (5.9, 1), (4.0, 0)])

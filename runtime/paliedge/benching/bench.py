@@ -16,14 +16,14 @@ from paliedge.benching import roofs as probes
 from paliedge.benching.cold_start import measure_cold_start
 from paliedge.benching.conditions import QuietWatch, describe_conditions, describe_state
 from paliedge.benching.power import Meter, find_meter
-from paliedge.benching.record import Accuracy, Memory, Record, Roofs, Run, Subject
+from paliedge.benching.record import Accuracy, ColdStart, Memory, Record, Roofs, Run, Subject
 from paliedge.benching.scenarios import Limits, Plan, Query, Trace, run
 from paliedge.benching.shares import add_shares
 from paliedge.bundle import Bundle
 from paliedge.errors import DeviceError, PaliEdgeError, UsageError
 from paliedge.golden import load_golden, verify_golden
 from paliedge.images import ImageSource
-from paliedge.manifest import Manifest, Target
+from paliedge.manifest import Manifest
 from paliedge.model import PaliGemma
 from paliedge.prompt import PromptTokenizer
 
@@ -31,6 +31,9 @@ _NO_PROMPT = "caption en"
 _DEFAULT_TOKENS = 32
 _SPREAD_LIMIT = 1.5
 """p90 over p50 of a single stream, beyond which its figures are called doubtful."""
+_NUM_COLD_STARTS = 3
+_PROBE_LIMIT = 1.15
+"""How much faster one probe of memory may be than the other, before and behind the scenarios."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Settings:
         max_new_tokens: of an answer.
         plans: scenarios, in this order.
         limits: of each.
-        cold_start: measure that too.
-        num_threads: for the memory probe; 0 takes every core.
+        cold_start: measure fresh processes too.
+        num_threads: as the engine is given; the probes take every core for 0.
     """
 
     images: tuple[ImageSource, ...]
@@ -87,17 +90,20 @@ def bench(
         accuracy = None
         if not interrupted:
             try:
-                roofs = probes.higher(roofs, _measure_roofs(num_threads, on_gpu=on_gpu))
+                last = _measure_roofs(num_threads, on_gpu=on_gpu)
+                doubts += _probe_warnings(roofs, last)
+                roofs = probes.higher(roofs, last)
                 accuracy = _check_answers(bundle, model)
             except KeyboardInterrupt:
                 interrupted = True
         memory = _memory(free_before)
     del model
     gc.collect()  # a 3B model must not lie in memory twice
-    cold = None
+    cold_starts: list[ColdStart] = []
     if settings.cold_start and not interrupted:
         try:
-            cold = measure_cold_start(folder, options, queries[0].image, queries[0].prompt)
+            for _ in range(_NUM_COLD_STARTS):
+                cold_starts.append(measure_cold_start(folder, options, queries[0].image, queries[0].prompt))
         except DeviceError as error:  # no reason to lose what was measured
             doubts.append(f"no cold start: {error.found}")
         except KeyboardInterrupt:
@@ -108,11 +114,11 @@ def bench(
     num_prompt = round(float(np.mean([len(tokenizer.encode_prefix(query.prompt)) for query in queries])))
     runs = [add_shares(one, bundle.manifest, target, roofs, num_prompt) for one in runs]
     return Record(
-        subject=_subject(folder, bundle.manifest, target_name, target, said[-1], queries),
+        subject=_subject(folder, bundle.manifest, target_name, said[-1], queries, settings.num_threads),
         conditions=conditions | {f"{name}, at the end": value for name, value in describe_state().items() if value},
         warnings=[*watch.warnings(), *doubts, *_answer_warnings(accuracy), *_spread_warnings(runs)],
         roofs=roofs,
-        cold_start=cold,
+        cold_starts=cold_starts,
         memory=memory,
         accuracy=accuracy,
         runs=runs,
@@ -222,7 +228,7 @@ def _target_of(manifest: Manifest, said: str) -> str:
 
 
 def _subject(
-    folder: Path, manifest: Manifest, name: str, target: Target, backend: str, queries: Sequence[Query]
+    folder: Path, manifest: Manifest, target: str, backend: str, queries: Sequence[Query], num_threads: int
 ) -> Subject:
     return Subject(
         bundle=folder.name,
@@ -230,10 +236,13 @@ def _subject(
         checkpoint=manifest.producer.checkpoint,
         family=manifest.model.family,
         image_size=manifest.model.vision.image_size,
-        target=name,
-        precision=target.precision,
+        target=target,
+        precision=manifest.targets[target].precision,
         backend=backend,
         prompts=list(dict.fromkeys(query.prompt for query in queries)),
+        num_images=len({id(query.image) for query in queries}),
+        max_new_tokens=queries[0].max_new_tokens,
+        num_threads=num_threads,
     )
 
 
@@ -242,6 +251,14 @@ def _batch_warnings(model: PaliGemma, plans: Sequence[Plan]) -> list[str]:
     if largest <= model.max_batch:
         return []
     return [f"batch {largest}: this engine answers at most {model.max_batch} at a time, the others wait"]
+
+
+def _probe_warnings(first: Roofs, last: Roofs) -> list[str]:
+    """Neighbours on the same hardware are in no process list; memory that is now faster, now slower, tells of them."""
+    rates = sorted(one.read_bytes_per_s / 1e9 for one in (first, last) if one.read_bytes_per_s)
+    if len(rates) < 2 or rates[1] <= _PROBE_LIMIT * rates[0]:
+        return []
+    return [f"this machine's memory was read at {rates[0]:.1f} and at {rates[1]:.1f} GB/s: something else uses it"]
 
 
 def _answer_warnings(accuracy: Accuracy | None) -> list[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def measure_cold_start(bundle: Path, options: BackendOptions, image: ImageSource, prompt: str) -> ColdStart:
-    """Seconds of a fresh process with this bundle, files in the page cache, that answers the same query twice.
+    """Seconds of one fresh process with this bundle, files in the page cache, that answers the same query twice.
 
     Raises:
         DeviceError: the process failed; its last words are in `found`.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from paliedge.benching.record import STAGES, Record, Run
 from paliedge.benching.statistics import Ratio, compare_medians
 from paliedge.errors import UsageError
 
-Verdict = Literal["slower", "faster", "same"]
+Verdict = Literal["slower", "faster", "same", "too few"]
+_MIN_SAMPLES = 6
+"""Of each record, for a verdict: the interval of fewer is narrower than what they know. (All of 6 samples lie on one
+side of the true median once in 32 times.)"""
 
 
 class Comparison(NamedTuple):
@@ -24,7 +27,8 @@ class Comparison(NamedTuple):
 
 
 def compare_records(first: Record, second: Record, threshold: float) -> list[Comparison]:
-    """Every stage that both have. "slower" is a ratio whose whole interval lies over 1 + `threshold`.
+    """Every stage that both have. "slower" is a ratio whose whole interval lies over 1 + `threshold`; "too few" are
+    samples that allow no verdict.
 
     Raises:
         UsageError: they have no scenario in common.
@@ -50,11 +54,27 @@ def differences(first: Record, second: Record) -> list[str]:
         ("backend", one.backend, other.backend),
         ("prompts", "; ".join(one.prompts), "; ".join(other.prompts)),
         *(
+            (name.replace("_", " "), getattr(one, name), getattr(other, name))
+            for name in ("num_images", "max_new_tokens", "num_threads")
+        ),
+        *((name, figure(first), figure(second)) for name, figure in _FIGURES.items()),
+        *(
             (name, first.conditions.get(name, "unknown"), second.conditions.get(name, "unknown"))
             for name in ("processor", "cores", "board", "power mode", "packages", "git")
         ),
     ]
     return [f"{name}: {before} | {after}" for name, before, after in pairs if before != after]
+
+
+_FIGURES: dict[str, Callable[[Record], object]] = {
+    "scenarios": lambda record: ", ".join(run.name for run in record.runs),
+    "interrupted": lambda record: record.interrupted,
+    "peak resident memory": lambda record: f"{record.memory.peak_rss / 1e9:.2g} GB",
+    "answers as exported": lambda record: record.accuracy and f"{record.accuracy.num_equal} equal",
+    "answers that changed": lambda record: sum(run.num_changed for run in record.runs),
+    "frames dropped or late": lambda record: sum(run.num_dropped + run.num_late for run in record.runs),
+}
+"""No latencies, but what makes them worth less."""
 
 
 def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[Comparison]:
@@ -70,7 +90,8 @@ def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[Compari
             medians = first.latency.p50, second.latency.p50
             if stage != "latency":
                 medians = first.stages[stage].wall.p50, second.stages[stage].wall.p50
-            yield Comparison(first.name, stage, *medians, ratio, _judge(ratio, threshold))
+            verdict = _judge(ratio, threshold) if min(len(one), len(other)) >= _MIN_SAMPLES else "too few"
+            yield Comparison(first.name, stage, *medians, ratio, verdict)
 
 
 def _judge(ratio: Ratio, threshold: float) -> Verdict:

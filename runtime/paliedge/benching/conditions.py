@@ -10,13 +10,19 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from paliedge.doctor import read_power_mode
 
-_PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
+_PACKAGES = (
+    *("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-bindings"),
+)
 _PRODUCT_INSTRUCTIONS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
     *("asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -28,6 +34,14 @@ _THROTTLE_COUNTS = (
     "sys/class/hwmon/hwmon*/oc*_event_cnt",
 )
 """Of x86, and a Jetson's over-current events."""
+_GPU_SLOWDOWNS = {
+    "its power limit": "SwPowerCap",
+    "hardware": "HwSlowdown",
+    "temperature": "SwThermalSlowdown",
+    "temperature of the hardware": "HwThermalSlowdown",
+    "the power supply": "HwPowerBrakeSlowdown",
+}
+"""NVML's reasons for lower clocks that make a figure doubtful."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -46,6 +60,7 @@ def describe_conditions(root: Path = Path("/")) -> dict[str, str]:
         "python": platform.python_version(),
         "packages": ", ".join(f"{name} {number}" for name in _PACKAGES if (number := _version(name))),
         "git": _git_revision(),
+        **_ask_gpu({"gpu": _gpu_name, "gpu driver": _gpu_driver}),
         **describe_state(root),
     }
     return {name: value for name, value in found.items() if value}
@@ -80,9 +95,48 @@ def describe_state(root: Path = Path("/")) -> dict[str, str]:
         ),
         "throttle count": str(sum(throttled)) if throttled else "",
         "gpu clock": ", ".join(f"{int(clock) // 10**6} MHz" for clock in gpus if clock.isdigit()),
+        **_ask_gpu({"gpu clock": _gpu_clock, "gpu temperature": _gpu_temperature, "gpu slowed by": _gpu_slowed_by}),
         "slowed by cooling": ", ".join(_cooling(root)),
         "emc clock": _read(root / "sys/kernel/debug/bpmp/debug/clk/emc/rate").strip(),
     }
+
+
+def _ask_gpu(questions: Mapping[str, Callable[[Any, Any], str]]) -> dict[str, str]:
+    """What NVML says of the first GPU; nothing without nvidia-ml-py, a driver or a GPU that knows the answer."""
+    found = {}
+    try:
+        nvml = import_module("pynvml")
+        nvml.nvmlInit()
+        device = nvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception:  # not installed, no driver, no GPU
+        return {}
+    for name, ask in questions.items():
+        with suppress(nvml.NVMLError):  # a Jetson's knows hardly any
+            found[name] = ask(nvml, device)
+    return found
+
+
+def _gpu_name(nvml: Any, device: Any) -> str:
+    return str(nvml.nvmlDeviceGetName(device))
+
+
+def _gpu_driver(nvml: Any, device: Any) -> str:
+    return str(nvml.nvmlSystemGetDriverVersion())
+
+
+def _gpu_clock(nvml: Any, device: Any) -> str:
+    return f"{nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)} MHz"
+
+
+def _gpu_temperature(nvml: Any, device: Any) -> str:
+    return f"{nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)} C"
+
+
+def _gpu_slowed_by(nvml: Any, device: Any) -> str:
+    bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(device)
+    return ", ".join(
+        name for name, reason in _GPU_SLOWDOWNS.items() if bits & getattr(nvml, f"nvmlClocksEventReason{reason}")
+    )
 
 
 def _cooling(root: Path) -> Iterator[str]:
@@ -116,6 +170,8 @@ class QuietWatch:
             found.append("the processor was throttled, by its temperature or current")
         if slowed := self._before["slowed by cooling"] or after["slowed by cooling"]:
             found.append(f"cooling slowed the machine down: {slowed}")
+        if reasons := self._before.get("gpu slowed by") or after.get("gpu slowed by"):
+            found.append(f"the GPU was slowed down by {reasons}")
         return found
 
     def _read(self) -> tuple[float, float, float]:

@@ -74,26 +74,22 @@ def _part_ms(run: Run, part: str) -> float:
 
 
 def _draw_batches(both: Any, records: Sequence[Record]) -> bool:
-    """Answers a second, and what the answers of one batch take, against its size: a line a record."""
+    """Answers a second of "offline", and what a query of "multi-stream" takes, against the batch: a line a record."""
     throughput, latency = both
     any_drawn = False
-    for record in records:
-        runs = sorted((run for run in record.runs if run.scenario == "offline"), key=lambda run: run.batch)
-        if len(runs) > 1:
-            any_drawn = True
-            batches = [run.batch for run in runs]
-            rates = [run.answers_per_s for run in runs]
-            throughput.plot(batches, rates, marker="o", label=_label(record))
-            milliseconds = [1000 * run.batch / rate for run, rate in zip(runs, rates, strict=True)]
-            latency.plot(batches, milliseconds, marker="o", label=_label(record))
-    for axes, title, unit in (
-        (throughput, "Throughput", "answers a second"),
-        (latency, "Latency", "milliseconds for all answers of a batch"),
+    for axes, scenario, unit in (
+        (throughput, "offline", "answers a second"),
+        (latency, "multi-stream", "milliseconds a query, median"),
     ):
-        axes.set(xlabel="answers decoded together", ylabel=unit, title=title, ylim=(0, None))
-        if any_drawn:
-            axes.set_xticks(sorted({run.batch for record in records for run in record.runs}))
-            axes.legend()
+        for record in records:
+            runs = sorted((run for run in record.runs if run.scenario == scenario), key=lambda run: run.batch)
+            if len(runs) > 1:
+                any_drawn = True
+                figures = [run.answers_per_s if scenario == "offline" else run.latency.p50 for run in runs]
+                axes.plot([run.batch for run in runs], figures, marker="o", label=_label(record))
+                axes.set_xticks([run.batch for run in runs])
+                axes.legend()
+        axes.set(xlabel="pictures a batch", ylabel=unit, title=scenario, ylim=(0, None))
     return any_drawn
 
 

@@ -100,7 +100,7 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a fresh process, files in the page cache.
+    """Seconds of one fresh process, files in the page cache.
 
     Attributes:
         imports: Python modules of runtime and engine.
@@ -147,7 +147,13 @@ class Roofs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured. `sha256` is the bundle's, `prompts` what was asked."""
+    """What was measured.
+
+    Attributes:
+        sha256: the bundle's.
+        prompts, num_images, max_new_tokens: what was asked, of how many pictures, and how long an answer could be.
+        num_threads: as asked for; 0 leaves it to the engine.
+    """
 
     bundle: str
     sha256: str
@@ -158,6 +164,9 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     backend: str
     prompts: list[str]
+    num_images: int | None = None
+    max_new_tokens: int | None = None
+    num_threads: int | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,7 +177,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     conditions: dict[str, str]
     warnings: list[str]
     roofs: Roofs
-    cold_start: ColdStart | None
+    cold_starts: list[ColdStart] = []
     memory: Memory
     accuracy: Accuracy | None
     runs: list[Run]

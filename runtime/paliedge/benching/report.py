@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 
 from paliedge.benching.compare import Comparison
-from paliedge.benching.record import Record, Run, Stage, write_record
+from paliedge.benching.record import ColdStart, Record, Run, Stage, write_record
 from paliedge.benching.statistics import Summary
 from paliedge.errors import UsageError
 
@@ -129,16 +130,17 @@ def _numbers(found: Summary) -> tuple[str, ...]:
 
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
-    memory, cold, roofs = record.memory, record.cold_start, record.roofs
+    memory, roofs = record.memory, record.roofs
     yield "peak resident memory", _gigabytes(memory.peak_rss)
     if memory.pss is not None:
         yield "proportional set", _gigabytes(memory.pss)
     if memory.device is not None:
         yield "GPU memory", _gigabytes(memory.device)
-    if cold:
-        for name, seconds in msgspec.structs.asdict(cold).items():
-            if seconds is not None:
-                yield f"cold start: {name.replace('_', ' ')}", f"{seconds:.2f} s"
+    for name in ColdStart.__struct_fields__:
+        seconds = [found for one in record.cold_starts if (found := getattr(one, name)) is not None]
+        if seconds:
+            spread = f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+            yield f"cold start: {name.replace('_', ' ')}", spread
     if roofs.read_bytes_per_s:
         yield "this machine reads", f"{roofs.read_bytes_per_s / 1e9:.1f} GB/s"
     if roofs.flops_per_s:

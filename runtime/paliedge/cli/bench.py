@@ -33,7 +33,7 @@ def _option(flag: str, *others: Any, **rest: Any) -> Callable[[Verb], Verb]:
 def _what(verb: Verb) -> Verb:
     """Options that say what is measured."""
     for option in (
-        _option("--cold-start/--no-cold-start", default=True, help="Measure a fresh process too."),
+        _option("--cold-start/--no-cold-start", default=True, help="Measure three fresh processes too."),
         _option("--max-new-tokens", type=click.IntRange(1), help="Of an answer; 32 unless given."),
         _option("--runs", type=click.IntRange(1), help="So many queries a scenario instead."),
         _option(
@@ -98,16 +98,16 @@ def _where(verb: Verb) -> Verb:
 @_what
 @_where
 @model_options
-def bench(compare: tuple[Path, Path] | None, threshold: float, as_json: bool, **rest: Any) -> None:
+def bench(compare: tuple[Path, Path] | None, threshold: float, plots: Path | None, as_json: bool, **rest: Any) -> None:
     """Measure latency, throughput, memory and energy, and how near they come to what the machine can.
 
     SOURCE is a picture or a folder; without it the pictures that the bundle was exported with. Times are by stage, with
     percentiles; figures of a machine that is not quiet are marked. Ctrl-C keeps what was measured so far.
     """
     if compare:
-        _compare(*compare, threshold / 100, as_json)
+        _compare(*compare, threshold / 100, plots, as_json)
     else:
-        _measure(as_json=as_json, **rest)
+        _measure(plots=plots, as_json=as_json, **rest)
 
 
 def _measure(
@@ -161,8 +161,9 @@ def _measure(
         click.get_current_context().exit(_INTERRUPTED)
 
 
-def _compare(first: Path, second: Path, threshold: float, as_json: bool) -> None:
+def _compare(first: Path, second: Path, threshold: float, plots: Path | None, as_json: bool) -> None:
     from paliedge.benching.compare import compare_records, differences
+    from paliedge.benching.plots import plot
     from paliedge.benching.record import read_record
     from paliedge.benching.report import compare_to_text
 
@@ -176,6 +177,10 @@ def _compare(first: Path, second: Path, threshold: float, as_json: bool) -> None
         click.echo(compare_to_text(found))
     for line in differences(*records):
         _say(f"differs: {line}")
+    for path in plot(records, plots) if plots else ():
+        _say(f"saved {path}")
+    if few := sorted({one.run for one in found if one.verdict == "too few" and one.stage in _JUDGED}):
+        _say(f"warning: too few samples for a verdict on {', '.join(few)}: measure with more --runs or --duration")
     if any(one.verdict == "slower" and one.stage in _JUDGED for one in found):
         click.get_current_context().exit(_SLOWER)
 
