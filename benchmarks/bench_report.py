@@ -65,18 +65,28 @@ def _ours() -> Iterator[str]:
     if not rows:
         return
     yield (
-        "`paliedge bench`, medians (and p90) in milliseconds. The shapes model: `paliedge bench --batch 1,2,4,8 "
-        "--duration 8 -o benchmarks/results/bench_shapes.json`, and `bench_shapes_int8.json` and "
-        "`bench_shapes_int4.json` with `-m` a bundle of that precision; PaliGemma-3B's size: `paliedge bench "
-        'runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 --scenario single-stream --runs 10 '
-        "-m BUNDLE -o benchmarks/results/bench_3b_int8.json`:"
+        "`paliedge bench`, medians (and p90) in milliseconds. The shapes model: `paliedge bench --scenario "
+        "single-stream --scenario multi-stream --scenario offline --batch 1,2,4,8 --fps 30 --duration 8 -o "
+        "benchmarks/results/bench_shapes.json`, and `bench_shapes_int8.json` and `bench_shapes_int4.json` with `-m` a "
+        "bundle of that precision (smallest and largest batch here, the others in the pictures); PaliGemma-3B's size: "
+        '`paliedge bench runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 --scenario single-stream '
+        "--runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`, and `bench_3b_int4.json` with a bundle of "
+        "`--precision int4 --fast-prefill`:"
     )
     yield _table(_BENCH_HEAD, rows)
-    warned = [(record.subject, text) for record in _records("bench_*.json") for text in record.warnings]
-    if warned:
-        lines = (f"- {subject.bundle} {subject.precision}: {text}" for subject, text in warned)
-        yield "What `bench` warned of:\n\n" + "\n".join(lines)
+    yield from _warnings("bench_*.json")
     yield "\n".join(f"![{name}](benchmarks/results/plots/{name}.png)" for name in _drawn())
+
+
+def _warnings(pattern: str) -> Iterator[str]:
+    """What `bench` said against its own figures."""
+    lines = [
+        f"- {_machine(record)}, {record.subject.bundle} {record.subject.precision}: {text}"
+        for record in _records(pattern)
+        for text in record.warnings
+    ]
+    if lines:
+        yield "What `bench` warned of:\n\n" + "\n".join(lines)
 
 
 _BENCH_HEAD = (
@@ -94,7 +104,10 @@ def _drawn() -> list[str]:
 def _bench_rows(record: Record) -> Iterator[list[str]]:
     subject, accuracy = record.subject, record.accuracy
     loads = [one.engine for one in record.cold_starts]
+    largest = max(run.batch for run in record.runs)
     for run in record.runs:
+        if run.batch not in (1, largest):
+            continue
         prefill, token = run.stages.get("prefill"), run.stages.get("token")
         yield [
             _machine(record),
@@ -304,9 +317,9 @@ def _jetsons() -> Iterator[str]:
     found = _load("jetson_floors.json")
     if found:
         yield (
-            "**Jetsons: predictions, no board has run them.** Milliseconds of one answer (16 tokens in, 10 out) at "
+            "**Predictions, none of these devices has run it.** Milliseconds of one answer (16 tokens in, 10 out) at "
             f"{found['model']}, 3B: the floor that a data sheet's bandwidth and operations allow, and at the rates "
-            "that such boards are seen to keep; `python -m benchmarks.jetson_floors BUNDLE`:"
+            "that such devices are seen to keep; `python -m benchmarks.jetson_floors BUNDLE`:"
         )
         rows = [
             [
@@ -333,6 +346,7 @@ def _boards() -> Iterator[str]:
     )
     if rows:
         yield _table(_BENCH_HEAD, rows)
+    yield from _warnings("boards/*.json")
 
 
 _PARTS = (_ours, _peers, _decoders, _operators, _scaling, _overlap, _jetsons, _boards)
