@@ -104,9 +104,9 @@ def _drawn() -> list[str]:
 def _bench_rows(record: Record) -> Iterator[list[str]]:
     subject, accuracy = record.subject, record.accuracy
     loads = [one.engine for one in record.cold_starts]
-    largest = max(run.batch for run in record.runs)
+    batches = {run.batch for run in record.runs}
     for run in record.runs:
-        if run.batch not in (1, largest):
+        if run.batch not in (min(batches), max(batches)):
             continue
         prefill, token = run.stages.get("prefill"), run.stages.get("token")
         yield [
@@ -354,7 +354,8 @@ _PARTS = (_ours, _peers, _decoders, _operators, _scaling, _overlap, _jetsons, _b
 
 def _machine(record: Record) -> str:
     facts = record.conditions
-    name = facts.get("board") or facts.get("gpu") or facts.get("processor", "an unknown processor")
+    gpu = "" if "on the CPU" in record.subject.backend.split(" (")[0] else facts.get("gpu", "")
+    name = facts.get("board") or gpu or facts.get("processor", "an unknown processor")
     return ", ".join(part for part in (f"{name} ({facts.get('cores', '?')} cores)", facts.get("power mode")) if part)
 
 

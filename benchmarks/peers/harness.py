@@ -147,13 +147,15 @@ def take_turns(
     num_rounds: int,
     between: Callable[[], None] = lambda: None,
     failures: dict[str, str] | None = None,
+    settle_s: float = 0.0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every engine in turn, `num_rounds` times; `between` runs after each.
+    """Every engine in turn, `num_rounds` times; `between` runs after each, and each round begins after `settle_s`.
 
     With `failures` an engine whose child ends with an error is named there and has no more turns; else it is raised.
     """
     rounds: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
     for index in range(num_rounds):
+        time.sleep(settle_s)
         for engine in engines:
             if failures is not None and engine.name in failures:
                 continue

@@ -82,15 +82,21 @@ class Size(NamedTuple):
         num_answers: measured in each child.
         num_overhead: answers whose decode steps are looked into; 0 where a step takes too long to see anything else.
         variants: whether our int4 with a reduced head, and with a prefill of its own, take part.
+        settle_s: how long a round waits behind the largest models of the one before.
     """
 
     num_layers: int | None
     num_answers: int
     num_overhead: int
     variants: bool
+    settle_s: float
 
 
-SIZES = {"shapes": Size(None, 200, 200, False), "mid": Size(6, 5, 5, True), "3b": Size(None, 2, 0, True)}
+SIZES = {
+    "shapes": Size(None, 200, 200, False, 0),
+    "mid": Size(6, 5, 5, True, 10),
+    "3b": Size(None, 2, 0, True, 30),
+}
 
 
 class Peer(NamedTuple):
@@ -153,13 +159,18 @@ of com.microsoft, which OpenVINO translates. jetpack7's graphs it cannot load: i
 
 
 def list_contenders(size: str, folder: Path, num_threads: int) -> list[Contender]:
-    """Everybody who takes part; no environment is made yet, so a peer's interpreter is its name."""
+    """Everybody who takes part; no environment is made yet, so a peer's interpreter is its name.
+
+    In the order of their turns: rivals of a class follow one another, and small weights come before large ones. Behind
+    a process that let go of 12 GB, the next one's first answers took a tenth longer, on a virtual machine.
+    """
     threads = ("--threads", str(num_threads))
-    return [
+    everybody = [
         *_our_contenders(folder, threads, SIZES[size].variants),
         *_transformers_contenders(folder, checkpoint_of(size, folder), threads),
         *_openvino_contenders(folder, threads),
     ]
+    return sorted(everybody, key=lambda one: -CLASSES.index(one.engine.precision))
 
 
 def _our_contenders(folder: Path, threads: Sequence[str], variants: bool) -> Iterator[Contender]:
@@ -406,7 +417,8 @@ def compare_pair(engines: Mapping[str, Any], ours: str, theirs: str, stage: str)
 def compare_engines(engines: Mapping[str, Any]) -> dict[str, Any]:
     """Theirs over ours within each class of precision; and of the best of ours and of each peer, whatever the class.
 
-    Only engines that took turns are compared: where both sides did so in several runs, those of the last.
+    Only engines that took turns are compared: of a class those of the last run that has both sides, of all those of
+    the very last run.
     """
     able = {name: one for name, one in engines.items() if one.get("compared", True)}
     classes: dict[str, Any] = {}
@@ -419,11 +431,14 @@ def compare_engines(engines: Mapping[str, Any]) -> dict[str, Any]:
                 "best": _best_against_best(able, ours, theirs),
                 "least_memory": _least_memory(able, ours, theirs),
             }
-    rivals = {
-        peer: _last_rivals({name: one for name, one in able.items() if one["peer"] in ("paliedge", peer)})
-        for peer in PEERS
-    }
-    best = {peer: _best_against_best(able, ours, theirs) for peer, (ours, theirs) in rivals.items() if ours}
+    best, last = {}, max((one["measured"] for one in engines.values()), default="")
+    for peer in PEERS:
+        ours, theirs = (
+            [name for name, one in able.items() if (one["peer"], one["measured"]) == (side, last)]
+            for side in ("paliedge", peer)
+        )
+        if ours and theirs:
+            best[peer] = _best_against_best(able, ours, theirs)
     return {"classes": classes, "best_against": best}
 
 
@@ -479,7 +494,9 @@ def measure_size(
     """Conditions and figures of the contenders, who take turns."""
     load, bandwidths = os.getloadavg()[0], list[float]()
     asked = [one.asked("--answers", str(size.num_answers)) for one in contenders]
-    rounds = take_turns(asked, num_rounds, lambda: bandwidths.append(probe_bandwidth(num_threads)), failures)
+    rounds = take_turns(
+        asked, num_rounds, lambda: bandwidths.append(probe_bandwidth(num_threads)), failures, size.settle_s
+    )
     bandwidths = bandwidths or [probe_bandwidth(num_threads)]
     timed = [one for one in contenders if one.name not in failures]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -121,12 +121,24 @@ def test_a_gpus_name_clocks_and_heat_are_told(monkeypatch: pytest.MonkeyPatch) -
     found = describe_conditions()
     names = ("gpu", "gpu driver", "gpu clock", "gpu temperature", "gpu slowed by")
     assert [found[name] for name in names] == ["NVIDIA L4", "580.95.05", "1200 MHz", "84 C", "temperature"]
-    assert "the GPU was slowed down by temperature" in QuietWatch().warnings()
 
 
-def test_what_a_gpu_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_was_slowed_down_under_load_and_rests_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter((0x1, 0x20, 0x4, 0x1))  # idle, too warm, at its power limit, idle
+    nvml = nvml_of(nvmlDeviceGetCurrentClocksEventReasons=lambda device: next(reasons))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    watch = QuietWatch()
+    watch.look()
+    watch.look()
+    assert "the GPU was slowed down by temperature; its power limit" in watch.warnings()
+
+
+@pytest.mark.parametrize("error", [NvmlError, AttributeError])
+def test_what_a_gpu_does_not_tell_is_left_out(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not know, or the module is older than the question."""
+
     def refuse(*_: object) -> None:
-        raise NvmlError
+        raise error
 
     monkeypatch.setitem(sys.modules, "pynvml", nvml_of(nvmlDeviceGetCurrentClocksEventReasons=refuse))
     found = describe_conditions()

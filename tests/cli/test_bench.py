@@ -167,7 +167,7 @@ def test_a_cold_start_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) 
     result = run("--runs", 3, "--scenario", "single-stream", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["runs"][0]["num_answers"] == 3
-    assert "no cold start" in result.stderr
+    assert "a cold start failed" in result.stderr
 
 
 def test_memory_that_is_now_faster_now_slower_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +194,16 @@ def test_compare_ends_with_one_where_the_second_is_slower(tmp_path: Path, token:
     assert run("--compare", first, second, "--threshold", "50").exit_code == 0
     found = json.loads(run("--compare", first, second, "--json").stdout)
     assert found["comparisons"][0][0] == "single-stream"
+
+
+def test_compare_that_can_say_nothing_does_not_pass(tmp_path: Path) -> None:
+    few = msgspec.structs.replace(make_record().runs[0], num_answers=3)
+    write_record(make_record(runs=[few]), tmp_path / "few.json")
+    write_record(make_record(), tmp_path / "many.json")
+    result = run("--compare", tmp_path / "few.json", tmp_path / "many.json", "--plot", tmp_path)
+    assert result.exit_code == 1
+    assert "no verdict on single-stream: too few samples" in result.stderr
+    assert (tmp_path / "stages.png").exists()
 
 
 @pytest.mark.parametrize(

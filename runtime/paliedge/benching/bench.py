@@ -1,4 +1,4 @@
-"""The whole benchmark: load, roofs, scenarios, the exporter's answers, a cold start, and what it rests on."""
+"""The whole benchmark: load, roofs, scenarios, the exporter's answers, cold starts, and what it rests on."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def bench(
         on_gpu = model.has_device_clock or "CUDA" in _backend(said[-1])
         num_threads = settings.num_threads or _num_cores()
         roofs = _measure_roofs(num_threads, on_gpu=on_gpu)
-        runs, interrupted = _run_all(model, queries, settings, progress, find_meter(gpu=on_gpu))
+        runs, interrupted = _run_all(model, queries, settings, progress, find_meter(gpu=on_gpu), watch)
         accuracy = None
         if not interrupted:
             try:
@@ -105,7 +105,7 @@ def bench(
             for _ in range(_NUM_COLD_STARTS):
                 cold_starts.append(measure_cold_start(folder, options, queries[0].image, queries[0].prompt))
         except DeviceError as error:  # no reason to lose what was measured
-            doubts.append(f"no cold start: {error.found}")
+            doubts.append(f"a cold start failed: {error.found}")
         except KeyboardInterrupt:
             interrupted = True
     target_name = _target_of(bundle.manifest, said[-1])
@@ -149,13 +149,19 @@ def make_queries(bundle: Bundle, settings: Settings) -> list[Query]:
 
 
 def _run_all(
-    model: PaliGemma, queries: Sequence[Query], settings: Settings, progress: Progress, meter: Meter | None
+    model: PaliGemma,
+    queries: Sequence[Query],
+    settings: Settings,
+    progress: Progress,
+    meter: Meter | None,
+    watch: QuietWatch,
 ) -> tuple[list[Run], bool]:
     """Every scenario, and whether Ctrl-C came before all were done. Closes `meter`."""
     runs: list[Run] = []
     try:
         for plan in settings.plans:
             runs.append(run(model, queries, plan, settings.limits, meter=meter, progress=partial(progress, plan)))
+            watch.look()
             if runs[-1].interrupted:
                 return runs, True
     except KeyboardInterrupt:
@@ -254,11 +260,11 @@ def _batch_warnings(model: PaliGemma, plans: Sequence[Plan]) -> list[str]:
 
 
 def _probe_warnings(first: Roofs, last: Roofs) -> list[str]:
-    """Neighbours on the same hardware are in no process list; memory that is now faster, now slower, tells of them."""
+    """Memory that is now faster, now slower: what is behind it may be in no process list, as neighbours in a cloud."""
     rates = sorted(one.read_bytes_per_s / 1e9 for one in (first, last) if one.read_bytes_per_s)
     if len(rates) < 2 or rates[1] <= _PROBE_LIMIT * rates[0]:
         return []
-    return [f"this machine's memory was read at {rates[0]:.1f} and at {rates[1]:.1f} GB/s: something else uses it"]
+    return [f"this machine's memory was read at {rates[0]:.1f} and at {rates[1]:.1f} GB/s: neighbours, clocks or heat"]
 
 
 def _answer_warnings(accuracy: Accuracy | None) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from paliedge.benching.record import STAGES, Record, Run
+from paliedge.benching.record import STAGES, Accuracy, Record, Run
 from paliedge.benching.statistics import Ratio, compare_medians
 from paliedge.errors import UsageError
 
 Verdict = Literal["slower", "faster", "same", "too few"]
 _MIN_SAMPLES = 6
-"""Of each record, for a verdict: the interval of fewer is narrower than what they know. (All of 6 samples lie on one
-side of the true median once in 32 times.)"""
+"""And answers, of each record, for a verdict: the interval of fewer is narrower than what they know. (6 samples that do
+not depend on one another all lie on one side of the true median once in 32 times.)"""
 
 
 class Comparison(NamedTuple):
@@ -60,7 +60,7 @@ def differences(first: Record, second: Record) -> list[str]:
         *((name, figure(first), figure(second)) for name, figure in _FIGURES.items()),
         *(
             (name, first.conditions.get(name, "unknown"), second.conditions.get(name, "unknown"))
-            for name in ("processor", "cores", "board", "power mode", "packages", "git")
+            for name in ("processor", "cores", "board", "gpu", "gpu driver", "power mode", "packages", "git")
         ),
     ]
     return [f"{name}: {before} | {after}" for name, before, after in pairs if before != after]
@@ -70,11 +70,17 @@ _FIGURES: dict[str, Callable[[Record], object]] = {
     "scenarios": lambda record: ", ".join(run.name for run in record.runs),
     "interrupted": lambda record: record.interrupted,
     "peak resident memory": lambda record: f"{record.memory.peak_rss / 1e9:.2g} GB",
-    "answers as exported": lambda record: record.accuracy and f"{record.accuracy.num_equal} equal",
+    "answers as exported": lambda record: _told(record.accuracy),
     "answers that changed": lambda record: sum(run.num_changed for run in record.runs),
     "frames dropped or late": lambda record: sum(run.num_dropped + run.num_late for run in record.runs),
 }
 """No latencies, but what makes them worth less."""
+
+
+def _told(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return "not asked"
+    return f"{accuracy.num_equal} equal, {accuracy.num_ties} at a tie, of {accuracy.num_answers}"
 
 
 def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[Comparison]:
@@ -90,7 +96,8 @@ def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[Compari
             medians = first.latency.p50, second.latency.p50
             if stage != "latency":
                 medians = first.stages[stage].wall.p50, second.stages[stage].wall.p50
-            verdict = _judge(ratio, threshold) if min(len(one), len(other)) >= _MIN_SAMPLES else "too few"
+            count = min(len(one), len(other), first.num_answers, second.num_answers)
+            verdict = _judge(ratio, threshold) if count >= _MIN_SAMPLES else "too few"
             yield Comparison(first.name, stage, *medians, ratio, verdict)
 
 

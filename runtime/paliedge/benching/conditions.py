@@ -60,7 +60,7 @@ def describe_conditions(root: Path = Path("/")) -> dict[str, str]:
         "python": platform.python_version(),
         "packages": ", ".join(f"{name} {number}" for name in _PACKAGES if (number := _version(name))),
         "git": _git_revision(),
-        **_ask_gpu({"gpu": _gpu_name, "gpu driver": _gpu_driver}),
+        **_ask_gpu(root, {"gpu": _gpu_name, "gpu driver": _gpu_driver}),
         **describe_state(root),
     }
     return {name: value for name, value in found.items() if value}
@@ -95,15 +95,20 @@ def describe_state(root: Path = Path("/")) -> dict[str, str]:
         ),
         "throttle count": str(sum(throttled)) if throttled else "",
         "gpu clock": ", ".join(f"{int(clock) // 10**6} MHz" for clock in gpus if clock.isdigit()),
-        **_ask_gpu({"gpu clock": _gpu_clock, "gpu temperature": _gpu_temperature, "gpu slowed by": _gpu_slowed_by}),
+        **_ask_gpu(root, {"gpu clock": _gpu_clock, "gpu temperature": _gpu_heat, "gpu slowed by": _gpu_slowed_by}),
         "slowed by cooling": ", ".join(_cooling(root)),
         "emc clock": _read(root / "sys/kernel/debug/bpmp/debug/clk/emc/rate").strip(),
     }
 
 
-def _ask_gpu(questions: Mapping[str, Callable[[Any, Any], str]]) -> dict[str, str]:
-    """What NVML says of the first GPU; nothing without nvidia-ml-py, a driver or a GPU that knows the answer."""
+def _ask_gpu(root: Path, questions: Mapping[str, Callable[[Any, Any], str]]) -> dict[str, str]:
+    """What NVML says of the first GPU; nothing without nvidia-ml-py, a driver or a GPU that knows the answer.
+
+    It knows no other root than the machine's own.
+    """
     found = {}
+    if root != Path("/"):
+        return {}
     try:
         nvml = import_module("pynvml")
         nvml.nvmlInit()
@@ -111,7 +116,7 @@ def _ask_gpu(questions: Mapping[str, Callable[[Any, Any], str]]) -> dict[str, st
     except Exception:  # not installed, no driver, no GPU
         return {}
     for name, ask in questions.items():
-        with suppress(nvml.NVMLError):  # a Jetson's knows hardly any
+        with suppress(nvml.NVMLError, AttributeError):  # a Jetson's knows hardly any, an old module not all names
             found[name] = ask(nvml, device)
     return found
 
@@ -128,7 +133,7 @@ def _gpu_clock(nvml: Any, device: Any) -> str:
     return f"{nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)} MHz"
 
 
-def _gpu_temperature(nvml: Any, device: Any) -> str:
+def _gpu_heat(nvml: Any, device: Any) -> str:
     return f"{nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)} C"
 
 
@@ -148,12 +153,16 @@ def _cooling(root: Path) -> Iterator[str]:
 
 
 class QuietWatch:
-    """From its making on: how much of the processors others took, and whether they were throttled."""
+    """From its making on: how much of the processors others took, and whether something was slowed down."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._started = self._read()
-        self._before = describe_state(root)
+        self._seen = [describe_state(root)]
+
+    def look(self) -> None:
+        """Note what holds at this moment: right behind work, before a GPU has rested."""
+        self._seen.append(describe_state(self._root))
 
     def busy_share(self) -> float:
         """Share of all processor time that went to other processes, 0..1."""
@@ -165,13 +174,15 @@ class QuietWatch:
         found = []
         if (share := self.busy_share()) > _BUSY_SHARE:
             found.append(f"other processes took {share:.0%} of the processors: the machine was not quiet")
-        after = describe_state(self._root)
-        if after["throttle count"] != self._before["throttle count"]:
+        self.look()
+        if self._seen[0]["throttle count"] != self._seen[-1]["throttle count"]:
             found.append("the processor was throttled, by its temperature or current")
-        if slowed := self._before["slowed by cooling"] or after["slowed by cooling"]:
-            found.append(f"cooling slowed the machine down: {slowed}")
-        if reasons := self._before.get("gpu slowed by") or after.get("gpu slowed by"):
-            found.append(f"the GPU was slowed down by {reasons}")
+        for fact, words in (
+            ("slowed by cooling", "cooling slowed the machine down:"),
+            ("gpu slowed by", "the GPU was slowed down by"),
+        ):
+            if reasons := dict.fromkeys(state[fact] for state in self._seen if state.get(fact)):
+                found.append(f"{words} {'; '.join(reasons)}")
         return found
 
     def _read(self) -> tuple[float, float, float]:

@@ -87,8 +87,10 @@ def _draw_batches(both: Any, records: Sequence[Record]) -> bool:
                 any_drawn = True
                 figures = [run.answers_per_s if scenario == "offline" else run.latency.p50 for run in runs]
                 axes.plot([run.batch for run in runs], figures, marker="o", label=_label(record))
-                axes.set_xticks([run.batch for run in runs])
                 axes.legend()
+        drawn = {run.batch for record in records for run in record.runs if run.scenario == scenario}
+        axes.set_xticks(sorted(drawn))
+        axes.set_visible(bool(axes.lines))
         axes.set(xlabel="pictures a batch", ylabel=unit, title=scenario, ylim=(0, None))
     return any_drawn
 

@@ -68,7 +68,7 @@ def _where(verb: Verb) -> Verb:
             type=click.FloatRange(0),
             default=5.0,
             show_default=True,
-            help="Of --compare, in percent: what is slower by more than that ends it with 1.",
+            help="Of --compare, in percent: what is slower by more than that ends it with 1; so do too few samples.",
         ),
         _option(
             "--compare",
@@ -163,10 +163,12 @@ def _measure(
 
 def _compare(first: Path, second: Path, threshold: float, plots: Path | None, as_json: bool) -> None:
     from paliedge.benching.compare import compare_records, differences
-    from paliedge.benching.plots import plot
+    from paliedge.benching.plots import import_matplotlib, plot
     from paliedge.benching.record import read_record
     from paliedge.benching.report import compare_to_text
 
+    if plots:
+        import_matplotlib()
     records = read_record(first), read_record(second)
     found = compare_records(*records, threshold)
     if as_json:
@@ -179,9 +181,11 @@ def _compare(first: Path, second: Path, threshold: float, plots: Path | None, as
         _say(f"differs: {line}")
     for path in plot(records, plots) if plots else ():
         _say(f"saved {path}")
-    if few := sorted({one.run for one in found if one.verdict == "too few" and one.stage in _JUDGED}):
-        _say(f"warning: too few samples for a verdict on {', '.join(few)}: measure with more --runs or --duration")
-    if any(one.verdict == "slower" and one.stage in _JUDGED for one in found):
+    judged = [one for one in found if one.stage in _JUDGED]
+    unsure = {one.run for one in judged} - {one.run for one in judged if one.verdict != "too few"}
+    if unsure:
+        _say(f"no verdict on {', '.join(sorted(unsure))}: too few samples, measure with more --runs or --duration")
+    if unsure or any(one.verdict == "slower" for one in judged):
         click.get_current_context().exit(_SLOWER)
 
 
