@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.operator_times import GROUPS
-from benchmarks.peers.whole_model import compare_engines
+from benchmarks.peers.comparisons import compare_engines
 from paliedge.benching.plots import plot
 from paliedge.benching.record import Record, read_record
 

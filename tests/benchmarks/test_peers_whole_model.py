@@ -12,17 +12,16 @@ import pytest
 import torch
 
 from benchmarks.peers import whole_model
+from benchmarks.peers.comparisons import CLASSES, STAGES, compare_engines
 from benchmarks.peers.harness import Engine, first_error, load_inputs, run_child, save_inputs, take_turns
 from benchmarks.peers.hf import Transformers
 from benchmarks.peers.ours import Ours, inputs_for
 from benchmarks.peers.whole_model import (
-    CLASSES,
     SIZES,
     Contender,
     Judge,
     agree,
     compare_answers,
-    compare_engines,
     copy_samples,
     export_command,
     list_contenders,
@@ -176,8 +175,8 @@ def test_the_message_of_a_failure_is_found(text: str, message: str) -> None:
 
 
 def engine(peer: str, precision: str, seconds: list[float], **more: Any) -> dict[str, Any]:
-    stages = dict.fromkeys(whole_model.STAGES, sorted(seconds)[len(seconds) // 2])
-    by_round = dict.fromkeys(whole_model.STAGES, seconds)
+    stages = dict.fromkeys(STAGES, sorted(seconds)[len(seconds) // 2])
+    by_round = dict.fromkeys(STAGES, seconds)
     about = {"peer": peer, "precision": precision, "measured": "today", "peak_rss": 100 * len(peer)}
     return about | stages | {"by_round": by_round} | more
 

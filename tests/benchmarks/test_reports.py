@@ -11,7 +11,7 @@ import pytest
 from benchmarks import bench_report, operator_times
 from benchmarks.jetson_floors import floors
 from benchmarks.overlap import make_pictures, measure
-from benchmarks.peers.whole_model import STAGES
+from benchmarks.peers.comparisons import STAGES
 from benchmarks.scaling import flatness, growth, operations
 from paliedge.benching.record import write_record
 from paliedge.bundle import Bundle

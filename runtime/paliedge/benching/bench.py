@@ -101,13 +101,8 @@ def bench(
     gc.collect()  # a 3B model must not lie in memory twice
     cold_starts: list[ColdStart] = []
     if settings.cold_start and not interrupted:
-        try:
-            for _ in range(_NUM_COLD_STARTS):
-                cold_starts.append(measure_cold_start(folder, options, queries[0].image, queries[0].prompt))
-        except DeviceError as error:  # no reason to lose what was measured
-            doubts.append(f"a cold start failed: {error.found}")
-        except KeyboardInterrupt:
-            interrupted = True
+        cold_starts, failed, interrupted = _measure_cold_starts(folder, options, queries[0])
+        doubts += failed
     target_name = _target_of(bundle.manifest, said[-1])
     target = bundle.manifest.targets[target_name]
     tokenizer = PromptTokenizer(bundle.path(bundle.manifest.tokenizer), bundle.manifest.tokens)
@@ -172,6 +167,21 @@ def _run_all(
         if meter:
             meter.close()
     return runs, False
+
+
+def _measure_cold_starts(
+    folder: Path, options: BackendOptions, query: Query
+) -> tuple[list[ColdStart], list[str], bool]:
+    """Those that could be measured, what failed, and whether Ctrl-C ended them: no reason to lose what was measured."""
+    found: list[ColdStart] = []
+    try:
+        for _ in range(_NUM_COLD_STARTS):
+            found.append(measure_cold_start(folder, options, query.image, query.prompt))
+    except DeviceError as error:
+        return found, [f"a cold start failed: {error.found}"], False
+    except KeyboardInterrupt:
+        return found, [], True
+    return found, [], False
 
 
 def _measure_roofs(num_threads: int, *, on_gpu: bool) -> Roofs:
