@@ -9,10 +9,11 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from paliedge.benching.bench import _backend
-from paliedge.benching.record import Roofs, read_record, write_record
+from paliedge.benching.bench import _backend, _spread_warnings
+from paliedge.benching.record import Roofs, Stage, read_record, write_record
 from paliedge.benching.scenarios import Answer, Plan, Trace
 from paliedge.benching.shares import add_shares, step_bytes
+from paliedge.benching.statistics import summarise
 from paliedge.bundle import Bundle
 from paliedge.cli import main
 from paliedge.cli.bench import _Progress
@@ -21,7 +22,7 @@ from paliedge.errors import MissingExtraError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.results import Timings
 from paliedge.roofline import vision_flops
-from tests.benching.test_record import make_record
+from tests.benching.test_record import make_record, make_run
 
 
 def run(*arguments: object) -> Result:
@@ -180,6 +181,12 @@ def test_memory_that_is_now_faster_now_slower_is_told(monkeypatch: pytest.Monkey
     result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
     assert json.loads(result.stdout)["roofs"]["read_bytes_per_s"] == 40e9
     assert "at 20.0 and at 40.0 GB/s" in result.stderr
+
+
+def test_steps_of_very_different_length_are_told_where_none_are_shared() -> None:
+    uneven = Stage(wall=summarise([1.0] * 8 + [2.0] * 2), samples_ms=[])
+    runs = [msgspec.structs.replace(make_run(batch=batch), stages={"token": uneven}) for batch in (1, 4)]
+    assert _spread_warnings([*runs, make_run()]) == ["single-stream: p90 of a decode step is 2.0 times its p50"]
 
 
 @pytest.mark.parametrize(("token", "exit_code"), [(5.0, 0), (5.9, 1), (4.0, 0)])

@@ -30,7 +30,7 @@ from paliedge.prompt import PromptTokenizer
 _NO_PROMPT = "caption en"
 _DEFAULT_TOKENS = 32
 _SPREAD_LIMIT = 1.5
-"""p90 over p50 of a single stream, beyond which its figures are called doubtful."""
+"""p90 over p50 of steps that no answers share, beyond which figures are called doubtful."""
 _NUM_COLD_STARTS = 3
 _PROBE_LIMIT = 1.15
 """How much faster one probe of memory may be than the other, before and behind the scenarios."""
@@ -283,7 +283,7 @@ def _answer_warnings(accuracy: Accuracy | None) -> list[str]:
 
 
 def _spread_warnings(runs: Sequence[Run]) -> list[str]:
-    tokens = [(run.name, run.stages["token"].wall) for run in runs if "token" in run.stages]
+    tokens = [(run.name, run.stages["token"].wall) for run in runs if run.batch == 1 and "token" in run.stages]
     return [
         f"{name}: p90 of a decode step is {found.p90 / found.p50:.1f} times its p50"
         for name, found in tokens
