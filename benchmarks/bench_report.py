@@ -302,7 +302,7 @@ def _operators() -> Iterator[str]:
                 f"{one['image_size']}, {one['layers'][0]} + {one['layers'][1]} layers",
                 stage,
                 f"{part['seconds']:.3g}",
-                str(part.get("num_operators", "-")),
+                str(part["num_operators"]),
                 *(f"{share:.0%}" for share in part["groups"].values()),
                 ", ".join(f"{name.split(',')[0]} {share:.0%}" for name, share in list(part["operators"].items())[:3]),
             ]
