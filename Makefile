@@ -1,21 +1,36 @@
-# `make demo` and `make test` each do all of their own set-up in a virtual environment of their own.
+# Each target does all of its own set-up. An environment is one lock of locks/, installed by its hashes, and the project
+# as it lies here. torch is in no lock: its CPU builds have other hashes on every machine, and the plain name brings
+# gigabytes of CUDA packages on x86. TORCH=path/to/torch-cpu.whl names another build.
 PYTHON ?= python3
-DEMO := .venv/demo
+TORCH ?= torch==2.13.0
 TEST := .venv/test
 GPU := .venv/gpu
 SYSTEM ?=
 GPU_EXTRAS ?= gpu,tensorrt
-# torch's plain name brings gigabytes of CUDA packages on x86; this version has a CPU build on its own index too.
-TORCH ?= torch==2.13.0
+# On one thread: two wait for one another where a neighbour takes a core.
+PYTEST := OMP_NUM_THREADS=1
+INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint types architecture ci bench-report clean
+.PHONY: demo test test-latest test-oldest test-gpu lint types architecture lock bench-report clean
 
-demo: $(DEMO)/ready
-	@$(DEMO)/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes --no-compare
-	@$(DEMO)/bin/paliedge demo -m build/shapes --save demo_output
+demo: .venv/export/ready
+	@.venv/export/bin/paliedge export benchmarks/shapes/checkpoint -o build/shapes --no-compare
+	@.venv/export/bin/paliedge demo -m build/shapes --save demo_output
 
 test: $(TEST)/ready
-	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest  # two threads wait for one another where a neighbour takes a core
+	$(PYTEST) $(TEST)/bin/python -m pytest
+
+# The newest versions that pyproject.toml allows, whatever day it is. What packages announce to drop is listed; it is an
+# error where the project itself uses it.
+test-latest: .venv/latest/ready
+	$(PYTEST) .venv/latest/bin/python -m pytest $(ANNOUNCED)
+
+# The oldest versions that pyproject.toml allows, and the newest that Python 3.10 gets, both on the Python at hand.
+test-oldest: .venv/oldest/ready .venv/python3.10/ready
+	$(PYTEST) .venv/oldest/bin/python -m pytest $(ANNOUNCED)
+	$(PYTEST) .venv/python3.10/bin/python -m pytest $(ANNOUNCED)
+
+ANNOUNCED := $(foreach kind,DeprecationWarning PendingDeprecationWarning FutureWarning,-W default::$(kind))
 
 # Needs an NVIDIA GPU. SYSTEM=--system-site-packages lets the environment see JetPack's TensorRT;
 # GPU_EXTRAS=cpu,tensorrt is for Python 3.10, which has no onnxruntime-gpu; GPU_EXTRAS=gpu,rtx for desktops.
@@ -32,28 +47,35 @@ types: $(TEST)/ready
 architecture: $(TEST)/ready
 	$(TEST)/bin/lint-imports
 
-ci: lint types architecture test
+# The newest versions that pyproject.toml allows, written down for every supported Python and processor.
+lock: .venv/uv/lock.txt
+	.venv/uv/bin/python locks/lock.py --upgrade
 
 # The README's tables and pictures, from benchmarks/results/*.json.
 bench-report: $(TEST)/ready
 	$(TEST)/bin/python -m benchmarks.precision_table
 	$(TEST)/bin/python -m benchmarks.bench_report
 
-$(DEMO)/ready: pyproject.toml
-	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export]"
+.PRECIOUS: .venv/%/lock.txt
+.venv/%/ready: .venv/%/lock.txt pyproject.toml
+	.venv/$*/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(TEST)/ready: pyproject.toml
-	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(TEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cpu,export,reference,bench,eval,optimum,polygons,video,rtx,dev]"
-	touch $@
+.venv/%/lock.txt: locks/%.txt locks/build.txt
+	$(PYTHON) -m venv --clear .venv/$*
+	.venv/$*/bin/python $(INSTALL) --no-deps --require-hashes -r locks/build.txt
+	.venv/$*/bin/python $(INSTALL) --no-deps --require-hashes -r $<
+	if grep -q '^transformers==' $<; then .venv/$*/bin/python $(INSTALL) "$(TORCH)"; fi
+	cp $< $@
+
+.PHONY: locks/latest.txt
+locks/latest.txt: .venv/uv/lock.txt
+	.venv/uv/bin/python locks/lock.py --latest $@
 
 $(GPU)/ready: pyproject.toml
 	$(PYTHON) -m venv $(SYSTEM) $(GPU)
-	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(GPU_EXTRAS),export,reference,bench,eval,optimum,polygons,dev]"
+	$(GPU)/bin/python $(INSTALL) "$(TORCH)"
+	$(GPU)/bin/python $(INSTALL) -e ".[$(GPU_EXTRAS),export,reference,bench,eval,optimum,polygons,dev]"
 	touch $@
 
 clean:

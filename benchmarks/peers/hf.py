@@ -7,6 +7,7 @@ with a static cache that is allocated once, so that every step has the shapes of
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import time
@@ -34,6 +35,8 @@ class Transformers:
 
     def __init__(self, folder: Path, inputs: Inputs, dtype: str, compiled: bool) -> None:
         model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        # transformers calls it `cache` from 5.24 on
+        self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         vision = model.config.vision_config
         num_image_tokens = (vision.image_size // vision.patch_size) ** 2
         self._ids = torch.tensor([[model.config.image_token_id] * num_image_tokens + inputs.prompt])
@@ -56,9 +59,9 @@ class Transformers:
             input_ids=ids,
             attention_mask=mask,
             token_type_ids=torch.full_like(ids, kind),
-            past_key_values=past,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache: past},
             **inputs,
         )
 
@@ -80,7 +83,7 @@ class Transformers:
         output = self._prefill()
         whole, chosen, times = clock(), [int(output.logits[0, -1].argmax())], []
         for place, token in enumerate(self._forced, 1):
-            output = self._decode(token, place, output.past_key_values)
+            output = self._decode(token, place, output[self._cache])
             chosen.append(int(output.logits[0, -1].argmax()))
             times.append(clock())
         answer = {"prefill": whole - vision, "tokens": times, "answer": clock.total(), "chosen": chosen}
@@ -92,7 +95,7 @@ class Transformers:
         found = []
         for place, token in enumerate(self._forced, 1):
             found.append(float(torch.log_softmax(output.logits[0, -1].float(), -1)[token]))
-            output = self._decode(token, place, output.past_key_values)
+            output = self._decode(token, place, output[self._cache])
         return found
 
 

@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from paliedge_export.lowering import Lowering
-from paliedge_export.quantization import find_group
+from paliedge_export.quantization import INT8_ZERO, find_group
 from paliedge_export.weights import INT4, StoredTensor
 
 _IR_VERSIONS = {20: 10, 21: 10, 24: 11}
@@ -139,8 +139,9 @@ class GraphBuilder:
             per_token: tokens of `x` differ in size, so that they should not share a scale that is
                 measured at run time.
         """
-        dtype = self._tensors[f"{name}.weight"].dtype
-        if dtype == np.int8 and self.lowering.layout == "contrib":
+        stored = self._tensors[f"{name}.weight"]
+        dtype = stored.dtype
+        if dtype == np.uint8 and len(stored.shape) == 2:
             return self._linear_dynamic(x, name, per_token=per_token)
         if dtype == np.uint8:
             return self._matmul_blocks(x, f"{name}.weight", f"{name}.weight_scale", bits=4)
@@ -162,6 +163,8 @@ class GraphBuilder:
         if dtype == np.int8:
             dtype = self._tensors[scales].dtype
             rows = self.op("DequantizeLinear", self.weight(weight), self.weight(scales), axis=0)
+        elif self.compute_type == np.float32:
+            dtype, rows = self.compute_type, self._weight_to_multiply(weight)
         else:
             rows = self.weight(weight)
         return self._product("Gemm", self.cast(x, dtype), rows, dtype, transB=1)
@@ -169,17 +172,20 @@ class GraphBuilder:
     def _linear_dynamic(self, x: str, name: str, *, per_token: bool) -> str:
         """Integer product of activations that are measured at run time, by one scale for all tokens.
 
+        Both sides are uint8: x86 without VNNI adds pairs of uint8 x int8 products up in 16 bits and cuts what is
+        above, and ONNX Runtime's way around that converts int8 weights anew at each load.
         `per_token` divides each token by its largest value before, and multiplies the result by it. Its magnitude
         is taken from both ends: absolute values would be a tensor as large as the input, written and read again.
         """
-        weight, scale = self.weight(f"{name}.weight"), self.weight(f"{name}.weight_scale")
+        weight = self.weight(f"{name}.weight"), self.weight(f"{name}.weight_scale")
+        zero = self.constant(INT8_ZERO, np.uint8)
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._tensors else ""
         if not per_token:
-            return self.op("DynamicQuantizeMatMul", x, weight, scale, "", bias, domain=_CONTRIB)
+            return self.op("DynamicQuantizeMatMul", x, *weight, zero, bias, domain=_CONTRIB)
         axis = self.ints(-1)
         ends = self.op("ReduceMax", x, axis), self.op("Neg", self.op("ReduceMin", x, axis))
         largest = self.op("Max", *ends, self.constant(1e-12))
-        product = self.op("DynamicQuantizeMatMul", self.op("Div", x, largest), weight, scale, domain=_CONTRIB)
+        product = self.op("DynamicQuantizeMatMul", self.op("Div", x, largest), *weight, zero, domain=_CONTRIB)
         product = self.op("Mul", product, largest)
         return self.op("Add", product, bias) if bias else product
 

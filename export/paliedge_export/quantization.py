@@ -22,6 +22,8 @@ _CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 _COLUMNS_AT_A_TIME = 512
 _SMALLEST_SCALE = 2.0**-20
 INT8_MAX, INT4_MIN, INT4_MAX = 127, -8, 7
+INT8_ZERO = 128
+"""The zero of 8-bit codes that are stored without a sign."""
 
 
 class Quantized(NamedTuple):
@@ -98,6 +100,12 @@ def dequantize(quantized: Quantized, axis: int = 0) -> Floats:
 def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """ONNX's INT4: two codes a byte in the order of the tensor, the first in the lower half."""
     return _join(codes.reshape(-1, 2).view(np.uint8))
+
+
+def without_sign(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """8-bit codes as uint8 with their zero at `INT8_ZERO`."""
+    shifted: npt.NDArray[np.uint8] = codes.view(np.uint8) ^ np.uint8(INT8_ZERO)
+    return shifted
 
 
 def pack_blocks(codes: npt.NDArray[np.int8], group: int, bits: int) -> npt.NDArray[np.uint8]:

@@ -5,6 +5,7 @@ The only module that imports torch and transformers, and only when it is called.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,23 @@ from paliedge_export.metadata import PROCESSOR_FILES, read_tokens
 from paliedge_export.samples import Sample
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PaliGemmaForConditionalGeneration
+
+
+def load_model(folder: Path) -> PaliGemmaForConditionalGeneration:
+    """A checkpoint's model in float32, with Gemma 2's softcaps whichever transformers is installed.
+
+    Before 5.21 its SDPA attention leaves the scores' softcap out, hence eager attention.
+    """
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+
+    model = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert isinstance(model, PaliGemmaForConditionalGeneration)
+    return model
 
 
 class Reference:
@@ -35,13 +52,11 @@ class Reference:
     """
 
     def __init__(self, folder: Path, preprocess: Preprocess) -> None:
-        import torch
         import transformers
-        from transformers import PaliGemmaForConditionalGeneration
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
         self._name = f"transformers {transformers.__version__}"
-        self._model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = load_model(folder)
         if any((folder / name).is_file() for name in PROCESSOR_FILES):
             self._processor = SiglipImageProcessorPil.from_pretrained(folder)
         else:
@@ -92,6 +107,21 @@ class Reference:
         return Answer(tokens, scores, np.array(states, np.float32))
 
 
+def cache_name(model: PaliGemmaForConditionalGeneration) -> str:
+    """What transformers calls the KV cache: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _with_final_softcap(model: PaliGemmaForConditionalGeneration, logits: Tensor, hidden: Tensor) -> Tensor:
+    """The logits as Gemma 2's config caps them; PaliGemma's class left that out before 5.23."""
+    import torch
+
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is None or not torch.allclose(logits, model.lm_head(hidden), atol=1e-4):
+        return logits
+    return cap * torch.tanh(logits / cap)
+
+
 def reference_steps(
     model: PaliGemmaForConditionalGeneration,
     pixel_values: object,
@@ -106,6 +136,7 @@ def reference_steps(
     """
     import torch
 
+    cache = cache_name(model)
     vision = model.config.vision_config
     num_image_tokens = (vision.image_size // vision.patch_size) ** 2
     ids = torch.tensor([[image_token] * num_image_tokens + list(prefix)])
@@ -116,15 +147,17 @@ def reference_steps(
             output = model(
                 input_ids=ids,
                 attention_mask=torch.ones((1, length), dtype=torch.long),
-                past_key_values=past,
                 use_cache=True,
                 output_hidden_states=True,
+                **{cache: past},
                 **inputs,
             )
-        past = output.past_key_values
-        logits = output.logits[0, -1].float().numpy()[kept]
+            hidden = output.hidden_states[-1][0, -1]
+            scores = _with_final_softcap(model, output.logits[0, -1], hidden)
+        past = output[cache]
+        logits = scores.float().numpy()[kept]
         token = int(kept[logits.argmax()])
-        yield token, logits, output.hidden_states[-1][0, -1].float().numpy()
+        yield token, logits, hidden.float().numpy()
         ids = torch.tensor([[token]])
         inputs = {"token_type_ids": torch.ones((1, 1), dtype=torch.long)}
 

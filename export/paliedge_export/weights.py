@@ -7,7 +7,7 @@ that a quantised bundle for both has both.
 
 | tensor | "qdq", ONNX's own operators | "contrib", com.microsoft's |
 |---|---|---|
-| 8-bit weight | int8 [K, N], weight_scale float32 [N] | the same |
+| 8-bit weight | int8 [K, N], weight_scale float32 [N] | uint8 [K, N], its zero at 128; the same scale |
 | its input, static | input_scale float32 [] | measured at run time |
 | 4-bit weight | int4 [K, N], weight_scale float16 [K / G, N] | uint8 [N, K / G, G / 2], float32 [N, K / G] |
 | head | int8 [V, H], weight_scale float16 [V] | uint8 [V, H / G, G], float32 [V, H / G] |
@@ -38,6 +38,7 @@ from paliedge_export.quantization import (
     pack_int4,
     quantize_int4,
     quantize_int8,
+    without_sign,
 )
 from paliedge_export.smoothing import Smoothed
 from paliedge_export.statistics import InputStatistics
@@ -272,7 +273,10 @@ def _add_quantized(file: WeightFile, name: str, weight: Floats, bits: int, impor
     """One matrix [in, out] in integers; `importance` [in] see `quantize_int4`."""
     if bits == 8:
         codes, scales = quantize_int8(weight, axis=1)
-        file.add(f"{name}.weight", codes, np.int8)
+        if layout == "qdq":
+            file.add(f"{name}.weight", codes, np.int8)
+        else:
+            file.add(f"{name}.weight", without_sign(codes), np.uint8)
         file.add(f"{name}.weight_scale", scales)
         return
     codes, scales = quantize_int4(weight, importance)

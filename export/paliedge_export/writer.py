@@ -149,7 +149,7 @@ def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout
     lowering = TARGETS[name].lowering
     vision, decoder, prefill = stored[lowering.layout]
     compute_type = encoding.dtype
-    if encoding.precision in QUANTIZED and lowering.layout == "contrib":
+    if lowering.layout == "contrib":
         compute_type = np.dtype(np.float32)
     capacity = source.limits.capacity
 

@@ -23,6 +23,7 @@ from paliedge.building import choose_target, describe, engine_for, probe_gpu
 from paliedge.bundle import Bundle
 from paliedge.errors import EngineMismatchError, PaliEdgeError, ResourceError
 from paliedge.flavours import ANY_GPU, TensorRt, find_flavours
+from paliedge.installed import find_outside
 from paliedge.manifest import Manifest
 from paliedge.planning import available_memory, check_run_memory
 
@@ -73,7 +74,7 @@ def examine(bundles: Sequence[Path], root: Path = Path("/")) -> list[Finding]:
 
 def _examine_system(root: Path) -> Iterator[Finding]:
     yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}")
-    model = _read(root / "proc/device-tree/model").strip("\0\n ")
+    model = read_board(root)
     release = _RELEASE.search(_read(root / "etc/nv_tegra_release"))
     yield _examine_python(release[1] if release else None)
     if not release and "Jetson" not in model:
@@ -85,6 +86,12 @@ def _examine_system(root: Path) -> Iterator[Finding]:
     else:
         yield Finding("jetpack", "unknown", "note", "Read /etc/nv_tegra_release; in a container, outside of it.")
     yield _examine_power_mode()
+
+
+def read_board(root: Path = Path("/")) -> str:
+    """The board's name by its device tree; "" where there is none. /proc's is a link to /sys's."""
+    paths = (root / "sys/firmware/devicetree/base/model", root / "proc/device-tree/model")
+    return next(filter(None, (_read(path).strip("\0\n ") for path in paths)), "")
 
 
 def _examine_python(l4t_major: str | None) -> Finding:
@@ -149,10 +156,25 @@ def _examine_packages(onnxruntime: list[str] | PaliEdgeError) -> Iterator[Findin
                 yield Finding(name, "not installed", "note", "Only needed to run on a GPU.")
             elif name != "onnxruntime":  # its finding comes with its providers
                 yield Finding(name, "not installed", "problem", "Install paliedge again.")
+    for outside in find_outside():
+        yield Finding("versions", str(outside), "note", outside.action)
     if isinstance(onnxruntime, PaliEdgeError):
         yield Finding("onnxruntime", onnxruntime.found, "note", onnxruntime.action)
     else:
         yield Finding("providers", ", ".join(onnxruntime))
+        yield _examine_arithmetic()
+
+
+def _examine_arithmetic() -> Finding:
+    from paliedge.arithmetic import NAMES
+    from paliedge.ort_session import compare_rates, examine_arithmetic
+
+    found = [examine_arithmetic(kind) for kind in NAMES]
+    value = "; ".join([*map(str, found), f"8-bit products at {compare_rates():.1f} times the rate of float32's"])
+    if any(one.wrong for one in found):
+        action = "Bundles that need such products are refused: export them with another --precision."
+        return Finding("arithmetic", value, "note", action)
+    return Finding("arithmetic", value)
 
 
 def _examine_flavour(found: TensorRt | PaliEdgeError) -> Finding:

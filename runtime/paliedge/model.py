@@ -114,6 +114,11 @@ class PaliGemma:
         return self._session.has_device_clock
 
     @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """What this processor makes of the products of the bundle's graphs, a line a kind; empty on a GPU."""
+        return self._session.arithmetic
+
+    @property
     def max_batch(self) -> int:
         """Requests that the engine decodes together; 1 where it cannot."""
         return self._session.max_batch

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from paliedge.arithmetic import Arithmetic, Kind, measure_rate, probe
 from paliedge.bundle import Bundle
 from paliedge.errors import BundleError, EngineMismatchError, MissingExtraError
 from paliedge.manifest import Manifest, Target
@@ -33,10 +35,20 @@ except (ImportError, OSError, AttributeError) as error:
     ) from None
 
 VERSION: str = ort.__version__
+_WITHOUT: dict[Kind, str] = {
+    "float16": "Export the checkpoint again with `--target cpu`, whose graphs multiply in float32, or run engines on a GPU.",
+    "eight_bit": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
+    "blocks": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
+}
+"""What to do where such products come out wrong."""
 _MAX_BATCH = 64
 _SMALL_BYTES = 16_000_000
 """Of decoder weights: a model below that is faster on one thread, since its operators take less time than threads need
 to meet. Measured at 4 to 8 MB, where two threads made whole answers 1.4 to 2 times slower."""
+_EXACT = ("session.x64quantprecision", "session.disable_quant_qdq")
+"""x86 without VNNI cuts pairs of uint8 x int8 products that do not fit 16 bits. The first has int8 weights of com.microsoft's
+operators converted to uint8, whose products are exact; the second has graphs for TensorRT, which stand in for engines
+here, multiply what they dequantise in float32, as near to 32-bit sums as any."""
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
@@ -113,7 +125,7 @@ class OrtSession:
 
     Raises:
         BundleError: a graph that ONNX Runtime refuses.
-        EngineMismatchError: the target or the provider is not there.
+        EngineMismatchError: the target or the provider is not there, or this processor's sums are not the graphs'.
     """
 
     has_device_clock = False
@@ -124,6 +136,7 @@ class OrtSession:
     ) -> None:
         manifest = bundle.manifest
         self._target = bundle.target(target)
+        self.arithmetic = _check_arithmetic(bundle, target) if provider == "cpu" else ()
         self.has_mask_decoder = self._target.mask_decoder is not None
         self.max_batch = _MAX_BATCH if self._target.independent_rows else 1
         self._hidden_size = manifest.model.text.hidden_size
@@ -222,6 +235,40 @@ class OrtSession:
         return decoded
 
 
+def kinds_of(target: Target) -> tuple[Kind, ...]:
+    """The products of a target's graphs that ONNX Runtime may get wrong on some processor."""
+    found: list[Kind] = []
+    if any(tensor.dtype == "float16" for tensor in target.decoder.inputs):
+        found.append("float16")
+    elif target.precision in ("int8", "int4"):
+        found += ["eight_bit", "blocks"]
+    return tuple(found)
+
+
+def compare_rates() -> float:
+    """How many times as fast as float32 ONNX Runtime multiplies 8-bit integers here, exactly, on one thread."""
+    return measure_rate(lambda path: load_graph(path, num_threads=1))
+
+
+@cache
+def examine_arithmetic(kind: Kind) -> Arithmetic:
+    """What this processor makes of such products, asked once a process."""
+    return probe(kind, lambda path: load_graph(path, num_threads=1))
+
+
+def _check_arithmetic(bundle: Bundle, target: str) -> tuple[str, ...]:
+    """What was found of the graphs' products; an EngineMismatchError where they come out wrong on this processor."""
+    examined = [examine_arithmetic(kind) for kind in kinds_of(bundle.target(target))]
+    for found in examined:
+        if found.wrong:
+            raise EngineMismatchError(
+                expected=f"a processor on which onnxruntime {ort.__version__} adds up as the graphs for {target} say",
+                found=str(found),
+                action=_WITHOUT[found.kind],
+            )
+    return tuple(map(str, examined))
+
+
 def available_providers() -> list[str]:
     """What this build of ONNX Runtime could run on, whether or not the hardware is there."""
     providers: list[str] = ort.get_available_providers()
@@ -251,8 +298,11 @@ def load_graph(
         BundleError, EngineMismatchError: see `OrtSession`.
     """
     options = ort.SessionOptions()
+    for name in _EXACT:
+        options.add_session_config_entry(name, "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.disable_qdq_constant_folding", "1")
     options.enable_mem_pattern = plan_memory
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1

@@ -47,6 +47,7 @@ class RunReport:
         decode_device_ms: the same by the GPU's own clock; None where it has none.
         prefill_ms: median on the wall.
         vision_ms: of one image, on the wall.
+        arithmetic: what this processor makes of the products of these graphs, a line a kind; empty on a GPU.
     """
 
     backend: str
@@ -59,6 +60,7 @@ class RunReport:
     decode_device_ms: float | None
     prefill_ms: float
     vision_ms: float
+    arithmetic: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
@@ -154,6 +156,7 @@ def _measure(
         decode_device_ms=median(device_ms) if device_ms else None,
         prefill_ms=median(prefill_ms),
         vision_ms=encoded.vision_ms,
+        arithmetic=model.arithmetic,
     )
     if report.host_growth > _GROWTH_LIMIT or (report.gpu_growth or 0) > _gpu_growth_limit():
         raise DeviceError(

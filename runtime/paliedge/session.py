@@ -34,12 +34,14 @@ class Session(Protocol[CacheT, FeaturesT]):
         graph_capture_s: seconds that the last capture of a decode step took; None where there was none.
         has_mask_decoder: `decode_masks` works.
         max_batch: requests that one cache may hold without changing each other's answers.
+        arithmetic: what this processor makes of the products of these graphs, a line a kind; empty on a GPU.
     """
 
     has_device_clock: bool
     graph_capture_s: float | None
     has_mask_decoder: bool
     max_batch: int
+    arithmetic: tuple[str, ...]
 
     def encode_image(self, pixel_values: FloatArray) -> FeaturesT:
         """pixel_values [1, 3, S, S] -> image_features, which stay where the decoder wants them.

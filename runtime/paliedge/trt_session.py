@@ -62,6 +62,7 @@ class TrtSession:
     """
 
     has_device_clock = True
+    arithmetic: tuple[str, ...] = ()
     max_batch = 1
     """Engines are built for one request, as it comes from a camera; further ones wait."""
 

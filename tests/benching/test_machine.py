@@ -271,20 +271,3 @@ def test_without_onnx_runtime_integers_have_no_roof(monkeypatch: pytest.MonkeyPa
     found = measure_cpu(1)
     assert found.int8_ops_per_s is None
     assert "integers" not in found.how
-
-
-def test_the_product_that_is_timed_is_one_of_integers() -> None:
-    wanted = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("MatMulInteger", ["a", "b"], ["y"])],
-            "int8_product",
-            [
-                helper.make_tensor_value_info("a", TensorProto.UINT8, ["M", "K"]),
-                helper.make_tensor_value_info("b", TensorProto.INT8, ["K", "N"]),
-            ],
-            [helper.make_tensor_value_info("y", TensorProto.INT32, ["M", "N"])],
-        ),
-        opset_imports=[helper.make_opsetid("", 20)],
-        ir_version=10,
-    )
-    assert onnx.load(Path(roofs.__file__).with_name("int8_product.onnx")) == wanted

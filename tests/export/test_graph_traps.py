@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge_export.exporter import export_bundle
-from paliedge_export.reference import reference_logits
+from paliedge_export.reference import cache_name, reference_logits
 from tests.export.conftest import Tiny
 from tests.export.graphs import Graphs
 from tests.tiny import make_tiny
@@ -154,6 +154,7 @@ def test_positions_count_from_one_at_prefill_and_go_on_at_decode(tiny: Tiny) -> 
     length = prefix.shape[1]
     image = graphs.manifest.tokens.image
     ids = torch.tensor([[image] * NUM_IMAGE_TOKENS + SHORT])
+    cache = cache_name(tiny.model)
     with torch.no_grad():
         output = tiny.model(
             input_ids=ids,
@@ -166,10 +167,10 @@ def test_positions_count_from_one_at_prefill_and_go_on_at_decode(tiny: Tiny) -> 
             input_ids=torch.tensor([[400]]),
             attention_mask=torch.ones((1, length + 1), dtype=torch.long),
             token_type_ids=torch.ones((1, 1), dtype=torch.long),
-            past_key_values=output.past_key_values,
             use_cache=True,
+            **{cache: output[cache]},
         )
-    wanted = output.past_key_values.layers[0].keys.numpy()
+    wanted = output[cache].layers[0].keys.numpy()
     outputs = graphs.run(prefix, [length])
     cache = fill_cache(graphs, outputs, [length], length + 3)
     decoded = graphs.run(graphs.embed([[400]]), [length], start=[length], past=cache)
@@ -190,7 +191,9 @@ def test_rows_that_are_no_tokens_never_win(family: str, tmp_path: Path) -> None:
     export_bundle(str(folder), tmp_path / "bundle", compare=False)
     graphs = Graphs(tmp_path / "bundle")
     assert graphs.manifest.tokens.vocab_size == first < len(table)
-    model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         everything = reference_logits(
             model, torch.from_numpy(make_pixels()), SHORT, first, len(table), num_new_tokens=1

@@ -1,4 +1,4 @@
-"""The images: rules that a Dockerfile keeps, locks that are complete and exist, and the x86 image's steps for real.
+"""The images: rules that a Dockerfile keeps, locks that are complete for it, and the x86 image's steps for real.
 
 No container engine takes part. What the build stage of Dockerfile.x86 does is done here in a folder, line by line; the
 JetPack ones do the same with another lock.
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from paliedge import __version__
+from tests.locks import LOCKS, Machine, download, pip, read_lock, versions
 from tests.paths import ROOT
 
 DOCKER = ROOT / "docker"
@@ -168,11 +168,7 @@ def test_the_build_stages_differ_in_their_lock_and_the_systems_packages_alone() 
         same = re.compile(r" --(system-site-packages|ignore-installed)|(?<= ) +|\"")
         return [Step(step.word, same.sub("", step.text)) for step in kept]
 
-    assert [lock_name(read_stages(path.read_text())[1]) for path in DOCKERFILES] == [
-        "runtime-aarch64-cp310",
-        "runtime-aarch64-cp312",
-        "export-x86_64-cp312",
-    ]
+    assert [lock_name(read_stages(path.read_text())[1]) for path in DOCKERFILES] == ["jetpack", "jetpack", "export"]
     assert steps(DOCKERFILES[0]) == steps(DOCKERFILES[1]) == steps(DOCKERFILES[2])
 
 
@@ -184,53 +180,36 @@ def test_hadolint_has_no_complaint(path: Path) -> None:
     assert (linted.returncode, linted.stdout) == (0, "")
 
 
-class Lock(NamedTuple):
+class Image(NamedTuple):
+    """What an image has: a lock, and the interpreter and processor that read it."""
+
+    lock: str
     root: str
-    python: str
-    machine: str
-    same_as_part_of: str | None = None
+    machine: Machine
 
 
-LOCKS = {
-    "build": Lock("hatchling", "3.10.12", "aarch64"),
-    "runtime-aarch64-cp310": Lock("paliedge[cpu,tensorrt]", "3.10.12", "aarch64"),
-    "runtime-aarch64-cp312": Lock("paliedge[cpu,tensorrt]", "3.12.3", "aarch64"),
-    "export-x86_64-cp311": Lock("paliedge[cpu,export]", "3.11.2", "x86_64"),
-    "export-x86_64-cp312": Lock("paliedge[cpu,export]", "3.12.3", "x86_64"),
-    "runtime-x86_64-cp311": Lock("paliedge[cpu]", "3.11.2", "x86_64", "export-x86_64-cp311"),
-    "runtime-x86_64-cp312": Lock("paliedge[cpu]", "3.12.3", "x86_64", "export-x86_64-cp312"),
+IMAGES = {
+    "build": Image("build", "hatchling", Machine("3.10.12", "aarch64", 35)),
+    "jetpack6": Image("jetpack", "paliedge[cpu,tensorrt]", Machine("3.10.12", "aarch64", 35)),
+    "jetpack7": Image("jetpack", "paliedge[cpu,tensorrt]", Machine("3.12.3", "aarch64", 39)),
+    "x86": Image("export", "paliedge[cpu,export]", Machine("3.12.3", "x86_64", 36)),
+    "x86, Python 3.11": Image("export", "paliedge[cpu,export]", Machine("3.11.2", "x86_64", 36)),
+    "x86, Python 3.13": Image("export", "paliedge[cpu,export]", Machine("3.13.0", "x86_64", 36)),
 }
 NEVER = {"torch", "transformers", "tensorrt", "opencv-python", "opencv-python-headless"}
 FOR_EXPORT = {"onnx", "ml-dtypes", "safetensors"}
 
 
-def read_lock(name: str) -> dict[str, str]:
-    """The version of each package; the rest of a line must be its hash."""
-    lines = (DOCKER / "locks" / f"{name}.txt").read_text().splitlines()
-    assert all("://" not in line for line in lines)
-    entries = [re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line) for line in lines[2:]]
-    assert all(line.startswith("#") for line in lines[:2])
-    assert all(entries), lines
-    return {entry[1]: entry[2] for entry in entries if entry}
+@pytest.mark.parametrize("name", ["build", "runtime", "jetpack", "export"])
+def test_an_images_lock_has_no_framework(name: str) -> None:
+    locked = {one.name for one in read_lock(name)}
+    assert not locked & NEVER
+    assert FOR_EXPORT & locked == (FOR_EXPORT if name == "export" else set())
 
 
-def test_every_lock_is_known_here() -> None:
-    assert {path.stem for path in (DOCKER / "locks").iterdir()} == set(LOCKS)
-
-
-@pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_has_hashes_no_addresses_and_no_framework(name: str) -> None:
-    locked = read_lock(name)
-    assert not locked.keys() & NEVER
-    assert FOR_EXPORT & locked.keys() == (FOR_EXPORT if name.startswith("export") else set())
-
-
-@pytest.mark.parametrize("name", [name for name, lock in LOCKS.items() if lock.same_as_part_of])
-def test_the_exporters_lock_holds_the_runtimes(name: str) -> None:
-    whole = LOCKS[name].same_as_part_of
-    assert whole
-    lines = set((DOCKER / "locks" / f"{name}.txt").read_text().splitlines()[2:])
-    assert lines < set((DOCKER / "locks" / f"{whole}.txt").read_text().splitlines())
+@pytest.mark.parametrize("name", ["jetpack", "export"])
+def test_every_other_lock_holds_the_runtimes(name: str) -> None:
+    assert set(read_lock("runtime")) < set(read_lock(name))
 
 
 def requires(wheel: Path) -> list[Requirement]:
@@ -244,20 +223,11 @@ def wheels_by_name(folder: Path) -> dict[str, Path]:
     return {canonicalize_name(path.name.split("-")[0]): path for path in folder.iterdir()}
 
 
-def environment(lock: Lock) -> dict[str, str]:
-    """What markers say on the image, whatever this machine is."""
-    version = {"python_version": lock.python.rpartition(".")[0], "python_full_version": lock.python}
-    system = {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux"}
-    cpython = {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
-    this_machine = {name: str(value) for name, value in default_environment().items()}
-    return {**this_machine, **version, **system, **cpython, "platform_machine": lock.machine}
-
-
-def walk(lock: Lock, wheels: dict[str, Path], versions: dict[str, str]) -> set[str]:
+def walk(image: Image, wheels: dict[str, Path], versions: dict[str, str]) -> set[str]:
     """Every package that the root needs on the image, each asserted to be there in a version that fits."""
-    marks = environment(lock)
+    marks = image.machine.environment()
     reached: set[tuple[str, str]] = set()
-    waiting = [Requirement(lock.root)]
+    waiting = [Requirement(image.root)]
     while waiting:
         wanted = waiting.pop()
         name = canonicalize_name(wanted.name)
@@ -282,65 +252,45 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fetched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of wheels a lock, fetched for the image's platform, every hash compared by pip."""
+    """A folder of wheels an image, fetched for its Python and processor, every hash compared by pip."""
     folder = tmp_path_factory.mktemp("wheels")
-    names = [name for name, lock in LOCKS.items() if not lock.same_as_part_of]
-    check = [sys.executable, str(DOCKER / "lock.py"), "--check", "--wheels", str(folder), *names]
-    checked = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
+    for name, image in IMAGES.items():
+        download(image.machine, image.lock, folder / name)
     yield folder
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_is_all_that_the_project_needs_and_no_more(name: str, fetched: Path, wheel: Path) -> None:
-    """Every marker is read for the image's Python and processor; pip read the processor's on another machine."""
-    lock, locked = LOCKS[name], read_lock(name)
-    wheels = wheels_by_name(fetched / (lock.same_as_part_of or name))
-    reached = walk(lock, {**wheels, "paliedge": wheel}, locked)
-    assert reached - {"paliedge"} == set(locked)
-
-
-def test_the_lock_of_the_build_is_what_makes_the_wheel() -> None:
-    declared = re.search(r'^requires = \["([^"]+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared
-    wanted = Requirement(declared[1])
-    assert wanted.name == LOCKS["build"].root
-    assert wanted.specifier.contains(read_lock("build")[wanted.name])
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_lock_is_all_that_the_image_needs_and_no_more(name: str, fetched: Path, wheel: Path) -> None:
+    image = IMAGES[name]
+    locked = versions(read_lock(image.lock), image.machine)
+    reached = walk(image, {**wheels_by_name(fetched / name), "paliedge": wheel}, locked)
+    only_for_editable = {"editables"} if name == "build" else set()
+    assert reached - {"paliedge"} == set(locked) - only_for_editable
 
 
 @pytest.mark.parametrize("missing", ["anyio", "exceptiongroup", "mpmath"])
 def test_a_lock_with_a_hole_is_seen(missing: str, fetched: Path, wheel: Path) -> None:
-    name = "runtime-aarch64-cp310"
-    wheels = {**wheels_by_name(fetched / name), "paliedge": wheel}
+    image = IMAGES["jetpack6"]
+    wheels = {**wheels_by_name(fetched / "jetpack6"), "paliedge": wheel}
     del wheels[missing]
     with pytest.raises(AssertionError, match=f"{missing}.* is missing"):
-        walk(LOCKS[name], wheels, read_lock(name))
-
-
-def python_of_the_image() -> tuple[str, str]:
-    """An interpreter that an x86 lock is for, this one if it is, and the lock's name."""
-    for minor in (sys.version_info[:2], (3, 12), (3, 11)):
-        named = f"python{minor[0]}.{minor[1]}"
-        python = sys.executable if minor == sys.version_info[:2] else shutil.which(named)
-        if minor in ((3, 11), (3, 12)) and python:
-            return python, f"export-x86_64-cp{minor[0]}{minor[1]}"
-    pytest.fail("the x86 image is for Python 3.11 or 3.12: run the tests with one, or put one on the PATH")
+        walk(image, wheels, versions(read_lock("jetpack"), image.machine))
 
 
 class Replay:
     """Does a build stage's steps in a folder that stands for the image's root."""
 
-    def __init__(self, root: Path, python: str, lock: str, wheels: Path) -> None:
-        self.root, self.lock = root, lock
+    def __init__(self, root: Path, wheels: Path) -> None:
+        self.root, self.lock = root, "export"
         self.work = root
         wrapper = root / "bin" / "python3"
         wrapper.parent.mkdir()
-        wrapper.write_text(f'#!/bin/sh\nexec "{python}" "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         wrapper.chmod(0o755)
-        fetched = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": f"{wheels / 'build'} {wheels / lock}", "PIP_COMPILE": "0"}
+        fetched = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_COMPILE": "0"}
         paths = {"PATH": f"{wrapper.parent}:/usr/bin:/bin", "HOME": str(root)}
-        self.variables = {**os.environ, **fetched, **paths, "LOCK": lock}
+        self.variables = {**os.environ, **fetched, **paths, "LOCK": self.lock}
 
     def do(self, step: Step) -> None:
         if step.word == "ENV":
@@ -370,16 +320,18 @@ class Replay:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory, fetched: Path) -> Iterator[Path]:
-    """What the build stage of Dockerfile.x86 makes, from wheels that are fetched once."""
-    root = tmp_path_factory.mktemp("image")
-    python, lock = python_of_the_image()
-    replay = Replay(root, python, lock, fetched)
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the build stage of Dockerfile.x86 makes with this Python, from wheels that are fetched once."""
+    root, wheels = tmp_path_factory.mktemp("image"), tmp_path_factory.mktemp("wheels")
+    for name in ("build", "export"):
+        pip("download", "--no-deps", "--require-hashes", f"--dest={wheels}", "-r", LOCKS / f"{name}.txt")
+    replay = Replay(root, wheels)
     _, build, _ = read_stages((DOCKER / "Dockerfile.x86").read_text())
     for step in build:
         replay.do(step)
     yield root
     shutil.rmtree(root)
+    shutil.rmtree(wheels)
 
 
 def run_in(image: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -419,4 +371,4 @@ def test_the_x86_image_holds_its_lock_and_no_installer(image: Path) -> None:
     ask = "import importlib.metadata as m; print(*{d.metadata['Name'] + '==' + d.version for d in m.distributions()})"
     listed = run_in(image, "python3", "-I", "-c", ask).stdout.split()
     installed = {canonicalize_name(item.split("==")[0]): item.split("==")[1] for item in listed}
-    assert installed == {"paliedge": __version__, **read_lock(python_of_the_image()[1])}
+    assert installed == {"paliedge": __version__, **versions(read_lock("export"))}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.locks import LOCKS, Machine, download
 from tests.paths import ROOT, SHAPES_CHECKPOINT
 
 MAX_PACKAGES = 30
@@ -42,20 +43,13 @@ def test_the_wheel_carries_its_licence_and_its_command(wheel: Path) -> None:
     assert "paliedge = paliedge.cli:main" in entry_points
 
 
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-JETSONS = {"jetpack6": "3.10", "jetpack7": "3.12"}
+JETSONS = {"jetpack6": Machine("3.10.12", "aarch64", 35), "jetpack7": Machine("3.12.3", "aarch64", 39)}
 
 
-@pytest.mark.parametrize("python", JETSONS.values(), ids=JETSONS)
-def test_core_and_cpu_stay_within_the_budget_on_a_jetson(wheel: Path, python: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("machine", JETSONS.values(), ids=JETSONS)
+def test_core_and_cpu_stay_within_the_budget_on_a_jetson(wheel: Path, machine: Machine, tmp_path: Path) -> None:
     """At most 30 packages and 60 MB of wheels, ours included, for the board's processor and Python."""
-    platforms = [f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 26, 27, 28, 31, 34)] + ["manylinux2014_aarch64"]
-    for_board = [f"--platform={name}" for name in platforms]
-    for_board += ["--python-version", python, "--implementation", "cp", "--only-binary=:all:"]
-    subprocess.run(
-        [*PIP, "download", "-q", "-d", str(tmp_path), *for_board, f"{wheel}[cpu]"], check=True, capture_output=True
-    )
-    files = list(tmp_path.iterdir())
+    files = [wheel, *download(machine, "runtime", tmp_path / "wheels").iterdir()]
     names = {path.name.split("-")[0] for path in files}
     assert {"paliedge", "onnxruntime", "numpy", "pillow", "tokenizers"} <= names
     assert not names & {"torch", "transformers", "onnx", "opencv_python", "opencv_python_headless"}
@@ -68,8 +62,9 @@ def test_core_and_cpu_alone_run_the_demo(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
-    install = [str(python), *PIP[1:], "install", "-q", f"{wheel}[cpu]"]
-    subprocess.run(install, check=True, capture_output=True)
+    install = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+    subprocess.run([*install, "--require-hashes", "-r", LOCKS / "runtime.txt"], check=True, capture_output=True)
+    subprocess.run([*install, wheel], check=True, capture_output=True)
     offline = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     demo = subprocess.run(
         [environment / "bin" / "paliedge", "demo"],

@@ -64,6 +64,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shapes model in int8 for `cpu`."""
+    from paliedge_export.exporter import export_bundle
+
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    export_bundle(str(SHAPES_CHECKPOINT), folder, precision="int8", compare=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def built(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same with an engine of each version for compute capability 8.7."""
     from paliedge.building import build_engine

@@ -43,6 +43,7 @@ class ScriptedSession:
     graph_capture_s: float | None = None
     has_mask_decoder: bool = False
     max_batch: int = 8
+    arithmetic: tuple[str, ...] = ()
     scores: dict[int, float] = field(default_factory=dict)
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:

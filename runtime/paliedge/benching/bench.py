@@ -83,6 +83,8 @@ def bench(
     with PaliGemma.load(folder, options, report=said.append) as model:
         report(said[-1])
         doubts = _batch_warnings(model, settings.plans)
+        if model.arithmetic:
+            conditions["arithmetic"] = "; ".join(model.arithmetic)
         on_gpu = model.has_device_clock or "CUDA" in _backend(said[-1])
         num_threads = settings.num_threads or _num_cores()
         roofs = _measure_roofs(num_threads, on_gpu=on_gpu)

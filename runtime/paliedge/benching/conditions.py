@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from paliedge.doctor import read_power_mode
+from paliedge.doctor import read_board, read_power_mode
 
 _PACKAGES = (
     *("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
@@ -54,7 +54,7 @@ def describe_conditions(root: Path = Path("/")) -> dict[str, str]:
         "instructions": " ".join(_instructions(root)),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": _find(root / "proc/meminfo", r"MemTotal:\s*(\d+ kB)"),
-        "board": _read(root / "proc/device-tree/model").strip("\0\n "),
+        "board": read_board(root),
         "power mode": _power_mode(),
         "governor": _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip(),
         "python": platform.python_version(),

@@ -10,19 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from paliedge.arithmetic import INTEGERS
 from paliedge.benching.record import Roofs
 from paliedge.errors import MissingExtraError
 
 _PROBE_BYTES = 1 << 28
 _PROBE_WIDTH = 1 << 14
 _MATRIX = 1536
-_INT8_PRODUCT = Path(__file__).with_name("int8_product.onnx")
-"""ONNX's MatMulInteger of "a" uint8 [M, K] and "b" int8 [K, N], and nothing else; a test writes it down."""
 _REPEATS = 10
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """What BLAS libraries ask, once, when they are loaded."""
@@ -82,8 +80,8 @@ def _measure_integers(num_threads: int) -> float | None:
         from paliedge.ort_session import load_graph
     except MissingExtraError:
         return None
-    session = load_graph(_INT8_PRODUCT, num_threads)
-    square = {"a": np.ones((_MATRIX, _MATRIX), np.uint8), "b": np.ones((_MATRIX, _MATRIX), np.int8)}
+    session = load_graph(INTEGERS, num_threads)
+    square = {"a": np.ones((_MATRIX, _MATRIX), np.uint8), "b": np.ones((_MATRIX, _MATRIX), np.uint8)}
     return 2 * _MATRIX**3 / _best(lambda: session.run(None, square))
 
 

@@ -149,9 +149,13 @@ def verify(bundle: Path | None, run: bool, options: BackendOptions, as_json: boo
     opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
     opened.verify_hashes()
     checked = check_run(opened, options) if run else None
-    golden = checked.golden if checked else verify_golden(opened, load_model(opened.folder, options))
+    if checked:
+        golden, arithmetic = checked.golden, checked.arithmetic
+    else:
+        model = load_model(opened.folder, options)
+        golden, arithmetic = verify_golden(opened, model), model.arithmetic
     if as_json:
-        report = {"bundle": str(opened.folder), "num_files": len(opened.manifest.files)}
+        report = {"bundle": str(opened.folder), "num_files": len(opened.manifest.files), "arithmetic": arithmetic}
         click.echo(
             json.dumps(
                 report | {"golden": golden._asdict() if golden else None, "run": checked.to_dict() if checked else None}
@@ -163,6 +167,8 @@ def verify(bundle: Path | None, run: bool, options: BackendOptions, as_json: boo
         click.echo(f"{golden.num_equal} of {golden.num_answers} golden answers equal, {golden.num_ties} left at a tie")
     else:
         click.echo("this bundle has no golden answers: it was exported without a comparison (--no-compare)")
+    for line in arithmetic:
+        click.echo(line)
     if checked:
         _print_run(checked)
 

@@ -59,6 +59,7 @@ class _Verbs(click.Group):
                 return super().invoke(context)
         except PaliEdgeError as error:
             print_error(error)
+            _name_versions()
             context.exit(error.exit_code)
         except BrokenPipeError:
             raise  # click ends quietly
@@ -74,6 +75,19 @@ class _Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             context.exit(_INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:  # a fault of ours, or of a package that we were never tested with
+            _name_versions()
+            raise
+
+
+def _name_versions() -> None:
+    """What may be behind an error: packages of versions that are not allowed."""
+    from paliedge.installed import find_outside
+
+    for outside in find_outside():
+        click.echo(f"note: found {outside}, which may be the cause. {outside.action}", err=True)
 
 
 def print_error(error: PaliEdgeError, source: str | None = None) -> None:

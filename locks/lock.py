@@ -1,0 +1,123 @@
+"""Write locks/*.txt: exact versions with hashes of all that is installed, for every supported Python and processor.
+
+    make lock                                       # resolve anew, to the newest versions that pyproject.toml allows
+    .venv/lock/bin/python locks/lock.py             # add what pyproject.toml asks for now, keep the rest
+    .venv/lock/bin/python locks/lock.py --check     # say which lock is not what pyproject.toml asks for; write nothing
+
+uv resolves for Pythons and processors that are not here. torch is in no lock, since its CPU build has another hash on
+every machine: make installs it by itself, and its CUDA packages where its build wants them. TensorRT comes with JetPack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LOCKS = Path(__file__).parent
+PROJECT = LOCKS.parent / "pyproject.toml"
+TORCH = "torch==2.13.0"
+"""As the Makefile pins it."""
+WITH_TORCH = (
+    "torch triton cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 "
+    "nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 "
+    "nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx"
+).split()
+UNIVERSAL = ("--universal", "--python-version", "3.10")
+TEST_EXTRAS = ("cpu", "export", "reference", "bench", "eval", "optimum", "polygons", "video", "rtx", "dev")
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What one file is made from.
+
+    Attributes:
+        extras: of pyproject.toml.
+        requires: further requirements; without extras the only ones.
+        within: a lock whose versions it shares.
+        below: bounds that pyproject.toml does not have.
+        options: of uv.
+    """
+
+    extras: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    within: str | None = None
+    below: tuple[str, ...] = ()
+    options: tuple[str, ...] = UNIVERSAL
+
+
+LOCK_BY_NAME = {
+    "uv": Lock(requires=("uv",)),
+    "build": Lock(requires=("hatchling>=1.26", "editables")),  # hatchling wants editables for `pip install -e`
+    "runtime": Lock(("cpu",)),
+    # JetPack 7.2 has CUDA 13.2 and cuda-bindings call what the board has; pyproject.toml holds JetPack 6 to CUDA 12.
+    "jetpack": Lock(("cpu", "tensorrt"), within="runtime", below=("cuda-bindings<13.3",)),
+    "export": Lock(("cpu", "export"), within="runtime"),
+    "test": Lock(TEST_EXTRAS, within="export"),
+    "python3.10": Lock(TEST_EXTRAS, within="test", options=("--python-version", "3.10")),
+    "oldest": Lock(TEST_EXTRAS, options=("--python-version", "3.11", "--resolution", "lowest-direct")),
+}
+
+
+LATEST = Lock(TEST_EXTRAS, options=())
+"""Of the Python at hand, on the day that it is made: it is not kept."""
+
+
+def compile_lock(lock: Lock, output: Path, *options: str) -> None:
+    """Resolve one lock into `output`; versions that stand there already are kept where they still fit."""
+    command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--generate-hashes"]
+    command += ["--no-header", "--no-annotate", *lock.options, *options, "--output-file", str(output)]
+    command += [part for package in WITH_TORCH for part in ("--no-emit-package", package)]
+    command += [part for extra in lock.extras for part in ("--extra", extra)]
+    with tempfile.TemporaryDirectory() as scratch:
+        bounds = Path(scratch, "bounds.txt")
+        bounds.write_text("\n".join([TORCH, *lock.below, ""]))
+        command += ["--constraint", str(bounds)]
+        if lock.extras:
+            command += ["--constraint", str(LOCKS / "build.txt")]
+        if lock.within:
+            command += ["--constraint", str(LOCKS / f"{lock.within}.txt")]
+        if lock.requires:
+            Path(scratch, "requires.in").write_text("\n".join([*lock.requires, ""]))
+        command.append(str(PROJECT if lock.extras else Path(scratch, "requires.in")))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"lock.py: {output.stem}: uv ended with {done.returncode}\n{done.stderr}")
+
+
+def find_stale(names: Sequence[str] = tuple(LOCK_BY_NAME)) -> list[str]:
+    """The locks that are not what resolving them again, with their own versions preferred, gives."""
+    stale = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in names:
+            again = Path(scratch, f"{name}.txt")
+            again.write_text((LOCKS / f"{name}.txt").read_text())
+            compile_lock(LOCK_BY_NAME[name], again)
+            if again.read_text() != (LOCKS / f"{name}.txt").read_text():
+                stale.append(name)
+    return stale
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write or check locks/*.txt.")
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where a lock is stale")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
+    parser.add_argument("--latest", type=Path, metavar="FILE", help="write the newest for this Python there, no more")
+    options = parser.parse_args()
+    if options.check:
+        stale = find_stale()
+        raise SystemExit(f"lock.py: stale: {', '.join(stale)}; run `make lock`" if stale else 0)
+    if options.latest:
+        compile_lock(LATEST, options.latest, "--upgrade")
+        return
+    for name in LOCK_BY_NAME:
+        compile_lock(LOCK_BY_NAME[name], LOCKS / f"{name}.txt", *(["--upgrade"] if options.upgrade else []))
+        print(f"{name}: {(LOCKS / name).with_name(name + '.txt').read_text().count('==')} packages")
+
+
+if __name__ == "__main__":
+    main()

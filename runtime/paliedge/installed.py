@@ -1,0 +1,52 @@
+"""Which installed packages are of versions that paliedge does not allow; it is tested with no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, version
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+_SELF = "paliedge"
+
+
+class Outside(NamedTuple):
+    """An installed package, its version, and the versions that are allowed."""
+
+    package: str
+    version: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}, where paliedge allows {self.allowed}"
+
+    @property
+    def action(self) -> str:
+        """What puts it right."""
+        return f'Run `pip install "{self.package}{self.allowed}"`.'
+
+
+def find_outside() -> Iterator[Outside]:
+    """Of the packages that paliedge or one of its extras asks for, those installed in a version that it does not allow."""
+    try:
+        own = distribution(_SELF)
+    except PackageNotFoundError:  # a checkout that is only on the path
+        return
+    extras = own.metadata.get_all("Provides-Extra") or []
+    seen = set()
+    for text in own.requires or ():
+        wanted = Requirement(text)
+        if wanted.name in seen or not _applies(wanted, extras):
+            continue
+        seen.add(wanted.name)
+        try:
+            found = version(wanted.name)
+        except PackageNotFoundError:
+            continue
+        if not wanted.specifier.contains(found, prereleases=True):
+            yield Outside(wanted.name, found, str(wanted.specifier))
+
+
+def _applies(wanted: Requirement, extras: list[str]) -> bool:
+    return wanted.marker is None or any(wanted.marker.evaluate({"extra": extra}) for extra in ["", *extras])
