@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,8 @@ LATEST = Lock(TEST_EXTRAS, options=())
 def compile_lock(lock: Lock, output: Path, *options: str) -> None:
     """Resolve one lock into `output`; versions that stand there already are kept where they still fit."""
     command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--generate-hashes"]
-    command += ["--no-header", "--no-annotate", *lock.options, *options, "--output-file", str(output)]
+    command += ["--python", sys.executable, "--no-python-downloads", "--no-header", "--no-annotate"]
+    command += [*lock.options, *options, "--output-file", str(output)]
     command += [part for package in WITH_TORCH for part in ("--no-emit-package", package)]
     command += [part for extra in lock.extras for part in ("--extra", extra)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,15 +93,16 @@ def compile_lock(lock: Lock, output: Path, *options: str) -> None:
 
 def find_stale(names: Sequence[str] = tuple(LOCK_BY_NAME)) -> list[str]:
     """The locks that are not what resolving them again, with their own versions preferred, gives."""
-    stale = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            again = Path(scratch, f"{name}.txt")
-            again.write_text((LOCKS / f"{name}.txt").read_text())
-            compile_lock(LOCK_BY_NAME[name], again)
-            if again.read_text() != (LOCKS / f"{name}.txt").read_text():
-                stale.append(name)
-    return stale
+
+    def is_stale(name: str) -> bool:
+        text = (LOCKS / f"{name}.txt").read_text()
+        again = Path(scratch, f"{name}.txt")
+        again.write_text(text)
+        compile_lock(LOCK_BY_NAME[name], again)
+        return again.read_text() != text
+
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor() as pool:  # uv waits for the registry
+        return [name for name, stale in zip(names, pool.map(is_stale, names), strict=True) if stale]
 
 
 def main() -> None:

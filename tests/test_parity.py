@@ -107,9 +107,8 @@ class LogitsReader:
         features = self._vision.run(None, {"pixel_values": pixels})[0][0]
         prefix = np.concatenate([features, self._embed(self._tokenizer.encode_prefix(pair.prompt))])
         text = self._manifest.model.text
-        cache_type = np.float16 if self._manifest.targets["cpu"].precision == "fp16" else np.float32
         past = {
-            f"past_key_values.{index}.{part}": np.zeros((1, text.num_kv_heads, 0, text.head_dim), cache_type)
+            f"past_key_values.{index}.{part}": np.zeros((1, text.num_kv_heads, 0, text.head_dim), np.float32)
             for index in range(text.num_layers)
             for part in ("key", "value")
         }

@@ -42,11 +42,12 @@ def run_shell(command: str, folder: Path) -> str:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout's files by their names, in a place of its own."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("Makefile", "benchmarks", "pyproject.toml", "runtime", "export"):
+    for name in ("Makefile", "benchmarks", "locks", "pyproject.toml", "runtime", "export"):
         (folder / name).symlink_to(ROOT / name)
-    environment = folder / ".venv" / "demo"
+    environment = folder / ".venv" / "export"
     environment.mkdir(parents=True)
     (environment / "bin").symlink_to(BIN)  # stands for what `make demo` installs
+    (environment / "lock.txt").touch()
     (environment / "ready").touch()
     return folder
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Kind = Literal["eight_bit", "blocks", "float16"]
-"""Products of two 8-bit matrices, of floats with weights in blocks of 4 or 8 bits, of float16."""
+"""Products of two 8-bit matrices, of floats with weights in blocks of 4 and 8 bits, of float16."""
 NAMES: Mapping[Kind, str] = {
     "eight_bit": "8-bit products",
     "blocks": "products of 4- and 8-bit blocks",
@@ -29,8 +29,9 @@ INTEGERS, FLOATS = FOLDER / "integers.onnx", FOLDER / "floats.onnx"
 _SIZE, _REPEATS = 384, 5
 _NUM_ROWS = (1, 3, 16)
 """Kernels differ by the number of rows."""
-_TOLERANCE = 1e-5
-"""Of the largest sum: all numbers are whole ones that every exact kernel represents, but for float32's last bits."""
+_TOLERANCE: Mapping[Kind, float] = {"eight_bit": 1e-5, "blocks": 1e-2, "float16": 1e-5}
+"""Of the largest sum. All numbers are whole ones that are exact but for float32's last bits; what kernels make of the
+floats that are multiplied with blocks is up to them, within 8 bits."""
 _BLOCK = 128
 _STRIDE = 37
 
@@ -64,7 +65,7 @@ def probe(kind: Kind, load: Callable[[Path], Any]) -> Arithmetic:
     for x in _operands(kind, width):
         *products, weights = session.run(names, {"x": x})
         exact = x @ weights
-        limit = _TOLERANCE * np.abs(exact).max()
+        limit = _TOLERANCE[kind] * np.abs(exact).max()
         for name, product in zip(names, products, strict=False):
             error = np.abs(product - exact)
             if error.max() > limit:

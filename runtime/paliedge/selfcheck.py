@@ -60,7 +60,7 @@ class RunReport:
     decode_device_ms: float | None
     prefill_ms: float
     vision_ms: float
-    arithmetic: tuple[str, ...]
+    arithmetic: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
@@ -156,7 +156,7 @@ def _measure(
         decode_device_ms=median(device_ms) if device_ms else None,
         prefill_ms=median(prefill_ms),
         vision_ms=encoded.vision_ms,
-        arithmetic=model.arithmetic,
+        arithmetic=list(model.arithmetic),
     )
     if report.host_growth > _GROWTH_LIMIT or (report.gpu_growth or 0) > _gpu_growth_limit():
         raise DeviceError(

@@ -279,7 +279,7 @@ def test_a_broken_layer_is_named(mild: Path, tmp_path: Path, monkeypatch: pytest
     honest = weights.WeightFile.add
 
     def spoil(self: weights.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
-        wrong = name.startswith("language_model.layers.1.") and np.dtype(dtype) == np.int8
+        wrong = name.startswith("language_model.layers.1.") and np.dtype(dtype) == np.uint8
         honest(self, name, -array if wrong else array, dtype)
 
     monkeypatch.setattr(weights.WeightFile, "add", spoil)

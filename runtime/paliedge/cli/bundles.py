@@ -153,7 +153,7 @@ def verify(bundle: Path | None, run: bool, options: BackendOptions, as_json: boo
         golden, arithmetic = checked.golden, checked.arithmetic
     else:
         model = load_model(opened.folder, options)
-        golden, arithmetic = verify_golden(opened, model), model.arithmetic
+        golden, arithmetic = verify_golden(opened, model), list(model.arithmetic)
     if as_json:
         report = {"bundle": str(opened.folder), "num_files": len(opened.manifest.files), "arithmetic": arithmetic}
         click.echo(
