@@ -4,8 +4,9 @@
     .venv/lock/bin/python locks/lock.py             # add what pyproject.toml asks for now, keep the rest
     .venv/lock/bin/python locks/lock.py --check     # say which lock is not what pyproject.toml asks for; write nothing
 
-uv resolves for Pythons and processors that are not here. torch is in no lock, since its CPU build has another hash on
-every machine: make installs it by itself, and its CUDA packages where its build wants them. TensorRT comes with JetPack.
+uv resolves for Pythons and processors that are not here. torch is in no lock, since its CPU builds have other hashes
+on every machine: make installs it by itself, and its CUDA packages where its build wants them. TensorRT comes with
+JetPack.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ PROJECT = LOCKS.parent / "pyproject.toml"
 TORCH = "torch==2.13.0"
 """As the Makefile pins it."""
 WITH_TORCH = (
-    "torch triton cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 "
-    "nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 "
-    "nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx"
-).split()
+    *("torch", "triton", "cuda-toolkit", "nvidia-cublas", "nvidia-cuda-cupti", "nvidia-cuda-nvrtc"),
+    *("nvidia-cuda-runtime", "nvidia-cudnn-cu13", "nvidia-cufft", "nvidia-cufile", "nvidia-curand", "nvidia-cusolver"),
+    *("nvidia-cusparse", "nvidia-cusparselt-cu13", "nvidia-nccl-cu13", "nvidia-nvjitlink", "nvidia-nvshmem-cu13"),
+    "nvidia-nvtx",
+)
 UNIVERSAL = ("--universal", "--python-version", "3.10")
 TEST_EXTRAS = ("cpu", "export", "reference", "bench", "eval", "optimum", "polygons", "video", "rtx", "dev")
 

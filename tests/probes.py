@@ -66,9 +66,7 @@ def blocks() -> onnx.ModelProto:
     ]
     for name, output, bits in (("four", OUTPUTS[2], 4), ("eight", OUTPUTS[3], 8)):
         sizes = {"K": WIDTH, "N": COLUMNS, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
-        nodes.append(
-            helper.make_node("MatMulNBits", ["x", name, "scales"], [output], domain="com.microsoft", **sizes)
-        )
+        nodes.append(helper.make_node("MatMulNBits", ["x", name, "scales"], [output], domain="com.microsoft", **sizes))
     return _model(nodes, WIDTH, [numpy_helper.from_array(array, name) for name, array in constants.items()])
 
 

@@ -1,7 +1,7 @@
-"""What this processor's arithmetic is worth: small products whose sums are known, asked of the operators that graphs use.
+"""What this processor's arithmetic is worth: products whose sums are known, asked of the operators that graphs use.
 
 A processor's name and flags do not tell: x86 without VNNI cuts pairs of 8-bit products that do not fit 16 bits, and
-ONNX Runtime on ARM adds float16 products up in float16 from 1.29 on. Knows no backend: whoever loads graphs hands in how.
+ONNX Runtime on ARM adds float16 products up in float16 from 1.29 on. Knows no backend: its callers bring one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ NAMES: Mapping[Kind, str] = {
     "float16": "float16 sums",
 }
 FOLDER = Path(__file__).with_name("probes")
-"""A graph for each kind: "x" float32 [rows, K], its products [rows, N] with the "weights" float32 [K, N]. `tests/probes.py`
-writes them."""
+"""A graph for each kind, written by `tests/probes.py`: "x" float32 [rows, K], its products [rows, N], and the "weights"
+float32 [K, N] that it is multiplied with."""
 INTEGERS, FLOATS = FOLDER / "integers.onnx", FOLDER / "floats.onnx"
 """The product of "a" [M, K] and "b" [K, N], both uint8 or both float32, and nothing else."""
 _SIZE, _REPEATS = 384, 5
@@ -57,7 +57,7 @@ class Arithmetic(NamedTuple):
 
 
 def probe(kind: Kind, load: Callable[[Path], Any]) -> Arithmetic:
-    """Ask `load`'s session, an `onnxruntime.InferenceSession`, for the products of one kind; takes about a millisecond."""
+    """Ask for the products of one kind, in about a millisecond; `load` opens a graph as an `InferenceSession`."""
     session = load(FOLDER / f"{kind}.onnx")
     width = session.get_inputs()[0].shape[1]
     names = [output.name for output in session.get_outputs()]

@@ -28,7 +28,7 @@ class Outside(NamedTuple):
 
 
 def find_outside() -> Iterator[Outside]:
-    """Of the packages that paliedge or one of its extras asks for, those installed in a version that it does not allow."""
+    """Of the packages that paliedge or an extra of it asks for, those that are installed in another version."""
     try:
         own = distribution(_SELF)
     except PackageNotFoundError:  # a checkout that is only on the path

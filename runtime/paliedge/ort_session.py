@@ -36,7 +36,7 @@ except (ImportError, OSError, AttributeError) as error:
 
 VERSION: str = ort.__version__
 _WITHOUT: dict[Kind, str] = {
-    "float16": "Export the checkpoint again with `--target cpu`, whose graphs multiply in float32, or run engines on a GPU.",
+    "float16": "Export the checkpoint again with `--target cpu`, whose graphs multiply in float32; or use engines.",
     "eight_bit": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
     "blocks": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
 }
@@ -45,12 +45,15 @@ _MAX_BATCH = 64
 _SMALL_BYTES = 16_000_000
 """Of decoder weights: a model below that is faster on one thread, since its operators take less time than threads need
 to meet. Measured at 4 to 8 MB, where two threads made whole answers 1.4 to 2 times slower."""
-_EXACT = ("session.x64quantprecision", "session.disable_quant_qdq", "mlas.disable_kleidiai")
-"""What makes products add up as graphs say. x86 without VNNI cuts pairs of uint8 x int8 products that do not fit 16 bits:
-the first has int8 weights of com.microsoft's operators converted to uint8, whose products are exact; the second has graphs
-for TensorRT, which stand in for engines here, multiply what they dequantise in float32, as near to 32-bit sums as any.
-KleidiAI's kernels for ARM round a whole row of activations to one scale where blocks have their own (twice the error where
-one channel is large), and with SME give zeros for int8 weights."""
+_EXACT: tuple[str, ...] = ("session.x64quantprecision", "session.disable_quant_qdq", "mlas.disable_kleidiai")
+"""What makes products add up as graphs say.
+
+x86 without VNNI cuts pairs of uint8 x int8 products that do not fit 16 bits. The first has int8 weights of
+com.microsoft's operators converted to uint8, whose products are exact. The second has graphs for TensorRT, which stand
+in for engines here, multiply in float32 what they dequantise, as near to 32-bit sums as any. The third keeps KleidiAI's
+kernels for ARM out: they round a whole row of activations to one scale where blocks have their own (twice the error
+where one channel is large), and with SME give zeros for int8 weights.
+"""
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 

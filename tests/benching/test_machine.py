@@ -10,11 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
-from paliedge.benching import roofs
 from paliedge.benching.conditions import QuietWatch, describe_conditions
 from paliedge.benching.power import find_meter
 from paliedge.benching.record import Roofs

@@ -154,7 +154,7 @@ def test_positions_count_from_one_at_prefill_and_go_on_at_decode(tiny: Tiny) -> 
     length = prefix.shape[1]
     image = graphs.manifest.tokens.image
     ids = torch.tensor([[image] * NUM_IMAGE_TOKENS + SHORT])
-    cache = cache_name(tiny.model)
+    named = cache_name(tiny.model)
     with torch.no_grad():
         output = tiny.model(
             input_ids=ids,
@@ -168,9 +168,9 @@ def test_positions_count_from_one_at_prefill_and_go_on_at_decode(tiny: Tiny) -> 
             attention_mask=torch.ones((1, length + 1), dtype=torch.long),
             token_type_ids=torch.ones((1, 1), dtype=torch.long),
             use_cache=True,
-            **{cache: output[cache]},
+            **{named: output[named]},
         )
-    wanted = output[cache].layers[0].keys.numpy()
+    wanted = output[named].layers[0].keys.numpy()
     outputs = graphs.run(prefix, [length])
     cache = fill_cache(graphs, outputs, [length], length + 3)
     decoded = graphs.run(graphs.embed([[400]]), [length], start=[length], past=cache)

@@ -61,21 +61,23 @@ class Wrong:
         return [found[name] for name in names]
 
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[Any]
 
 
 def saturate(x: Floats, weights: Floats, exact: Floats) -> Floats:
     """As AVX2 does: pairs of neighbours are added up in 16 bits. Activations below zero are shifted by 128."""
     zero = 128 if x.min() < 0 else 0
     pairs = (x + zero).reshape(len(x), -1, 2, 1) * weights.reshape(1, -1, 2, weights.shape[1])
-    return pairs.sum(2).clip(-32768, 32767).sum(1) - zero * weights.sum(0)
+    cut: Floats = pairs.sum(2).clip(-32768, 32767).sum(1) - zero * weights.sum(0)
+    return cut
 
 
 def sum_in_float16(x: Floats, weights: Floats, exact: Floats) -> Floats:
-    total = np.zeros(exact.shape, np.float16)
+    total: Floats = np.zeros(exact.shape, np.float16)
     for row in range(len(weights)):
         total += (x[:, row : row + 1] * weights[row]).astype(np.float16)
-    return total.astype(np.float32)
+    wide: Floats = total.astype(np.float32)
+    return wide
 
 
 def lose_a_row(x: Floats, weights: Floats, exact: Floats) -> Floats:
@@ -140,7 +142,7 @@ def test_the_probe_is_as_wide_as_a_kernels_longest_step() -> None:
 def test_float16_graphs_are_refused_where_sums_are_float16(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on ARM with ONNX Runtime from 1.29 on: graphs for TensorRT, and for `cpu` before they multiplied in float32."""
+    """As on ARM with ONNX Runtime from 1.29 on: graphs for TensorRT, and those for `cpu` of earlier exports."""
     monkeypatch.setattr(ort_session, "examine_arithmetic", lambda kind: Arithmetic(kind, {"float16 MatMul": 0.125}))
     with pytest.raises(EngineMismatchError, match="--target cpu"):
         PaliGemma.load(bundles["shapes"])

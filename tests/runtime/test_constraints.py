@@ -12,6 +12,8 @@ from paliedge.constraints import BoxRule, Choice, anything
 from paliedge.locations import parse_locations
 from paliedge.manifest import Tokens
 
+pytestmark = pytest.mark.bare
+
 TOKENS = Tokens(
     bos=2,
     eos=1,

@@ -15,6 +15,8 @@ from paliedge.constraints import Choice, Rule
 from paliedge.decoding import GeneratedToken, Prefix, decode_greedily
 from paliedge.session import FloatArray, IdRange, IntArray, Session, Step
 
+pytestmark = pytest.mark.bare
+
 EOS = 1
 HIDDEN = 3
 IMAGE = 100

@@ -16,6 +16,8 @@ from paliedge.draw import Tag, colour_of, draw_answer, draw_detections, place_ta
 from paliedge.locations import Detection
 from paliedge.masks import Mask
 
+pytestmark = pytest.mark.bare
+
 Box = tuple[float, float, float, float]
 SIZES = [(1, 1), (20, 20), (112, 112), (640, 480), (4000, 3000), (4000, 20), (20, 1500)]
 LONG = "the hat of the man on the left of the tall tree behind the house with the red roof and a chimney"

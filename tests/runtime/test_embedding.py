@@ -17,6 +17,8 @@ from paliedge.errors import BundleError
 from paliedge.manifest import Embedding, File, write_manifest
 from paliedge.model import SHIPPED_BUNDLE
 
+pytestmark = pytest.mark.bare
+
 ROWS_AT = [0, 7, 7, 1500]
 
 

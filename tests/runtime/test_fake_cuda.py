@@ -16,6 +16,8 @@ from tests.fakes.cuda_types import CONSTANTS, StreamHandle, cudaError_t, cudaMem
 from tests.fakes.machine import fake_machine
 from tests.fakes.memory import GARBAGE, Violation
 
+pytestmark = pytest.mark.bare
+
 DEFAULT = cudaMemcpyKind.cudaMemcpyDefault
 THREAD_LOCAL = cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 OK = cudaError_t.cudaSuccess

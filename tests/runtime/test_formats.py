@@ -21,6 +21,8 @@ from paliedge.formats import FOLDER_FORMATS, TEXT_FORMATS, Format, Writer, open_
 from paliedge.prompt import BoxRequest
 from tests.runtime.test_views import CAT, DOG, OTHER_CAT, answer, detection, masked
 
+pytestmark = pytest.mark.bare
+
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 ASKED = BoxRequest("detect", ["dog", "cat", "bird"])
 ONE, TWO = Path("pictures/one.jpg"), Path("pictures/two, three.png")
@@ -123,6 +125,7 @@ def test_yolo_writes_a_file_a_picture_and_the_classes(tmp_path: Path) -> None:
     assert (folder / "two, three.txt").read_text() == ""
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:OpenCV")  # supervision does without, and says so
 def test_another_reader_finds_the_masks_in_yolo_files(tmp_path: Path) -> None:
     from supervision import DetectionDataset

@@ -20,6 +20,8 @@ from PIL import Image, ImageFile
 from paliedge.errors import ImageError
 from paliedge.images import load_image
 
+pytestmark = pytest.mark.bare
+
 Bytes = npt.NDArray[np.uint8]
 
 LEAKS = ("0x", "PIL.", "BytesIO", "Error", "Traceback", "struct", "object", "<", "None")

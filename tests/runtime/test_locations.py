@@ -18,6 +18,8 @@ from paliedge.locations import (
 )
 from paliedge.manifest import Tokens
 
+pytestmark = pytest.mark.bare
+
 FIRST_LOCATION = 100
 FIRST_SEGMENTATION = 2000
 TOKENS = Tokens(

@@ -21,6 +21,8 @@ from paliedge.errors import ImageError, UsageError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.ort_session import OrtCache, OrtSession
 
+pytestmark = pytest.mark.bare
+
 SCENE = make_scene(HELD_OUT_SEED + 20_000)
 LABEL = SCENE.objects[0].label
 

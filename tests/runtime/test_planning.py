@@ -29,6 +29,8 @@ from paliedge.planning import (
 )
 from tests.large import COUNTED, PALIGEMMA2_3B, PALIGEMMA_3B, Size, make_manifest
 
+pytestmark = pytest.mark.bare
+
 SHALLOW = replace(PALIGEMMA_3B, text=msgspec.structs.replace(PALIGEMMA_3B.text, num_layers=1), rows=2048)
 """A decoder that is smaller than the vision encoder."""
 NANO, AGX = DEVICES["orin-nano-8gb"], DEVICES["agx-orin-64gb"]

@@ -19,6 +19,8 @@ from paliedge.masks import Mask
 from paliedge.model import SHIPPED_BUNDLE, PaliGemma
 from paliedge.results import Generation, Timings
 
+pytestmark = pytest.mark.bare
+
 WH = (200, 100)
 LEFT_HALF = np.where(np.arange(64) < 32, 1, -1)[None].repeat(64, 0).astype(np.float32)
 NOTHING = -np.ones((64, 64), np.float32)
@@ -190,6 +192,7 @@ def test_a_model_gives_answers_that_can_be_plotted() -> None:
         assert each.plot().width == 560
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore:OpenCV")  # supervision does without, and says so
 def test_supervision_gets_everything() -> None:
     found = answer(CAT, masked("dog", (100, 20, 180, 60))).to_supervision()

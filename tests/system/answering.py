@@ -60,8 +60,8 @@ def distance(first: Answers, second: Answers) -> float:
 
 def furthest(first: Answers, second: Answers) -> float:
     """Largest difference of log-probabilities where the tokens are the same, in nats."""
-    pairs = zip(first["answers"], second["answers"], strict=True)
-    pairs = [(one, other) for one, other in pairs if one["ids"] == other["ids"]]
+    both = zip(first["answers"], second["answers"], strict=True)
+    pairs = [(one, other) for one, other in both if one["ids"] == other["ids"]]
     return max(float(np.abs(np.subtract(a["log_probs"], b["log_probs"])).max(initial=0)) for a, b in pairs)
 
 

@@ -18,7 +18,7 @@ from tests.system.roots import build_wheel
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 SIGNED, FLOAT16 = "signed", "float16"
-"""int8 as it was exported before weights lost their sign; fp16 whose products are of float16, as graphs for TensorRT are."""
+"""int8 as it was exported before weights lost their sign, and fp16 with float16 products, as TensorRT's graphs have."""
 BUNDLES = (*PRECISIONS, SIGNED)
 
 

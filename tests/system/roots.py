@@ -96,8 +96,7 @@ class Root:
         (self.folder / "ready").touch()
 
     def install(self, wheel: Path, locks: Sequence[str], more: Sequence[str] = ()) -> None:
-        """The project's wheel and what locks hold for this machine, put there by this one's pip; `more` are names of the
-        lock `test`."""
+        """The project's wheel and what locks hold for this machine; `more` are packages of the lock `test`."""
         site = self.path / "opt/site"
         shutil.rmtree(site, ignore_errors=True)
         environment = self.machine.environment()
