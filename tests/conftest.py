@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+_NEED_TORCH = ("torch", "transformers", "peft", "optimum")
 BARE = "bare"
 _OURS = r"(paliedge|paliedge_export|benchmarks|tests)(\..*)?"
 
@@ -16,9 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="list what packages announce to drop; it stays an error where the project itself uses it",
     )
+    parser.addoption(
+        "--without-torch",
+        action="store_true",
+        help="where torch is not to be had: leave out what needs it, and count it as skipped",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-torch") and find_spec("torch"):
+        raise pytest.UsageError("--without-torch is for where torch is not installed; here it is")
     if config.getoption("--announced"):
         for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
             config.addinivalue_line("filterwarnings", f"default::{kind}")
@@ -31,3 +42,31 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     modules = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     return not any(f"pytest.mark.{BARE}" in path.read_text() for path in modules) or None
+
+
+def _needs_torch(error: BaseException | None) -> bool:
+    """Whether an import of torch, or of a package that is installed with it alone, is behind an error."""
+    while error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _NEED_TORCH:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    report = yield
+    excinfo = getattr(getattr(report, "call", None), "excinfo", None)
+    if collector.config.getoption("--without-torch") and report.failed and excinfo and _needs_torch(excinfo.value):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, "Skipped: needs torch")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if item.config.getoption("--without-torch") and call.excinfo and _needs_torch(call.excinfo.value):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, "Skipped: needs torch")
+    return report

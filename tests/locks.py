@@ -55,6 +55,7 @@ class Machine:
         """Wheels for it alone, the newest tag first, as its own pip would prefer them."""
         tags = [f"manylinux_2_{minor}_{self.processor}" for minor in range(self.glibc, 16, -1)]
         named = ["--only-binary=:all:", "--implementation=cp", f"--python-version={self.python}"]
+        named.append("--ignore-requires-python")  # pip asks its own interpreter; uv has asked the right one
         named += [f"--abi={abi}" for abi in ("cp" + self.minor.replace(".", ""), "abi3", "none")]
         return named + [f"--platform={tag}" for tag in (*tags, f"manylinux2014_{self.processor}")]
 

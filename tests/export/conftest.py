@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge_export.compare import Runner, collect_statistics
 from paliedge_export.config import read_config
@@ -15,7 +15,9 @@ from paliedge_export.linears import linears
 from paliedge_export.samples import builtin_samples
 from paliedge_export.statistics import Statistics
 from paliedge_export.weights import QUANTIZED
-from tests.tiny import make_tiny
+
+if TYPE_CHECKING:
+    from transformers import PaliGemmaForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Tiny:
 
 
 def _make(folder: Path, family: str) -> Tiny:
+    from tests.tiny import make_tiny
+
     model = make_tiny(folder / "checkpoint", family)
     export_bundle(str(folder / "checkpoint"), folder / "bundle", compare=False)
     statistics = Statistics("drawn pictures")

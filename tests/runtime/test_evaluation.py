@@ -26,8 +26,6 @@ from paliedge.manifest import Engine, Manifest, Plan, Prompts
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.prompt import BoxTask, Prompt
 
-pytestmark = pytest.mark.bare
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SIZE_WH = (40, 20)
 

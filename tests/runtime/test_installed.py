@@ -14,8 +14,6 @@ from paliedge.cli import main
 from paliedge.doctor import examine
 from paliedge.installed import find_outside
 
-pytestmark = pytest.mark.bare
-
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:

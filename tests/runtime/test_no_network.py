@@ -20,8 +20,6 @@ import pytest
 
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.bare
-
 SYSCALL_SOCKET = {"x86_64": 41, "aarch64": 198}
 LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
 KILL_PROCESS, ALLOW = 0x80000000, 0x7FFF0000

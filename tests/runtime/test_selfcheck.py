@@ -27,8 +27,6 @@ from paliedge.selfcheck import RunReport, check_run
 from paliedge.session import FloatArray, IdRange, Step
 from tests.cli.test_predict import run
 
-pytestmark = pytest.mark.bare
-
 NUM_DECODES = 60
 MEGABYTE = 1 << 20
 

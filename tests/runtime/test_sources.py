@@ -23,8 +23,6 @@ from paliedge.sources import Item, Live, LiveFrames, Shot, find_files, open_sour
 from paliedge.video import FrameOptions, lost
 from tests.runtime.test_video import number_of, picture, write_video
 
-pytestmark = pytest.mark.bare
-
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:

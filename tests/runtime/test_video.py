@@ -19,8 +19,6 @@ from PIL import Image
 from paliedge.errors import ImageError, MissingExtraError, OutputError
 from paliedge.video import VideoWriter, _decode, _image_from_frame, import_av, read_stream, read_video
 
-pytestmark = pytest.mark.bare
-
 RATE = 10
 
 

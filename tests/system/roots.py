@@ -44,8 +44,10 @@ for each in null zero random urandom full tty; do
     [ -e "$root/dev/$each" ] || : > "$root/dev/$each"
     mount --bind "/dev/$each" "$root/dev/$each"
 done
-mkdir -p "$root/dev/shm"
+mkdir -p "$root/dev/shm" "$root/dev/pts"
 mount -t tmpfs none "$root/dev/shm"
+mount -t devpts -o newinstance,ptmxmode=0666 none "$root/dev/pts"
+ln -sfn pts/ptmx "$root/dev/ptmx"
 exec chroot "$root" "$@"
 """
 _SCRIPT = _ENTER + _REGISTER + _MOUNT
@@ -81,7 +83,7 @@ class Root:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        options = ["--foreign", f"--arch={self.architecture}", "--variant=minbase", "--include=python3,python3-venv"]
+        options = ["--foreign", f"--arch={self.architecture}", "--variant=minbase", "--include=python3,make"]
         _run(["debootstrap", *options, self.suite, str(self.path)], 900)
         for package in sorted(self.path.glob("var/cache/apt/archives/*.deb")):
             _run(["dpkg-deb", "-x", str(package), str(self.path)], 120)
@@ -108,8 +110,7 @@ class Root:
         pip(*into, "--require-hashes", "-r", lock)
         pip("install", "--no-deps", f"--target={site}", "--no-index", wheel)
         command = "#!/usr/bin/python3\nimport sys\nfrom paliedge.cli import main\nsys.exit(main())\n"
-        (self.path / "usr/local/bin").mkdir(parents=True, exist_ok=True)
-        paliedge = self.path / "usr/local/bin/paliedge"
+        paliedge = self.path / "usr/bin/paliedge"
         paliedge.write_text(command)
         paliedge.chmod(0o755)
 
@@ -128,7 +129,7 @@ class Root:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside, in /src, with nothing of this machine's environment."""
         inside = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-        inside |= {"PYTHONPATH": "/opt/site:/src", "PYTHONDONTWRITEBYTECODE": "1"} | variables
+        inside |= {"PYTHONPATH": "/opt/site:/src"} | variables
         register = _ELF_ARM64.format(qemu=_QEMU_ARM64) if self._foreign and not registered() else ""
         enter = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
         if not registered() or os.getuid():

@@ -15,7 +15,7 @@ from paliedge.cli import main
 from tests.locks import Machine
 from tests.paths import ROOT
 from tests.system.answering import AS_IT_IS, Answers, equal, furthest
-from tests.system.conftest import BUNDLES, FLOAT16, SIGNED, by_name
+from tests.system.conftest import FLOAT16, PRECISIONS, by_name
 from tests.system.roots import BUILD, Root, require
 
 CPU = "cortex-a76"
@@ -24,8 +24,7 @@ FEATURES = (
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp uscat "
     "ilrcpc flagm paca pacg"
 )
-NUM_SCENES = 12
-NUM_FLOAT16 = 1
+NUM_SCENES = 5
 SCENES = ROOT / "runtime/paliedge/scenes"
 TEST_PACKAGES = (
     *("pytest", "iniconfig", "pluggy", "pygments", "hypothesis", "sortedcontainers", "contourpy", "av"),
@@ -88,10 +87,10 @@ def answers(
 ) -> tuple[Answers, Answers]:
     """x86's and aarch64's, of every precision and of the two bundles whose arithmetic is not to be trusted."""
     scenes = draw_scenes(NUM_SCENES)
-    for name in (*BUNDLES, FLOAT16):
+    for name in (*PRECISIONS, FLOAT16):
         shutil.copytree(bundles / name, root.path / "out" / name, dirs_exist_ok=True)
     shutil.copy(scenes, root.path / "out/scenes.npz")
-    asked = [f"/out/{name}" for name in BUNDLES] + [f"{AS_IT_IS}/out/{FLOAT16}"]
+    asked = [f"/out/{name}" for name in PRECISIONS] + [f"{AS_IT_IS}/out/{FLOAT16}"]
     command = ("python3", "-m", "tests.system.answering", "/out/scenes.npz", "/out/arm.json", *asked)
     root.run(*command, QEMU_CPU=CPU)
     return answers_here(scenes), by_name(json.loads((root.path / "out/arm.json").read_text()))
@@ -103,7 +102,7 @@ def test_fp32_gives_the_same_tokens(answers: tuple[Answers, Answers]) -> None:
     assert furthest(x86["fp32"], arm["fp32"]) < 1e-3
 
 
-@pytest.mark.parametrize(("name", "allowed"), [("fp16", 0.0), ("int8", 0.05), ("int4", 0.05), (SIGNED, 0.05)])
+@pytest.mark.parametrize(("name", "allowed"), [("fp16", 0.0), ("int8", 0.15), ("int4", 0.15)])
 def test_a_precision_is_as_near_to_fp32_as_on_x86(
     name: str, allowed: float, answers: tuple[Answers, Answers], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,12 +141,12 @@ def board(root: Root) -> Any:
         "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in1_label": "VDD_IN\n",
         "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in1_input": "5000\n",
         "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/curr1_input": "1200\n",
-        "usr/local/bin/nvpmodel": "#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 2\n",
+        "usr/bin/nvpmodel": "#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\necho 2\n",
     }
     for name, content in files.items():
         (root.path / name).parent.mkdir(parents=True, exist_ok=True)
         (root.path / name).write_text(content)
-    (root.path / "usr/local/bin/nvpmodel").chmod(0o755)
+    (root.path / "usr/bin/nvpmodel").chmod(0o755)
     yield root
     for name in files:
         (root.path / name).unlink()
