@@ -29,23 +29,21 @@ def _model(nodes: list[onnx.NodeProto], width: int, constants: list[onnx.TensorP
 OUTPUTS = ("int8 weights", "uint8 weights", "4-bit weights", "8-bit weights", "float16 MatMul", "float16 Gemm")
 
 
-def eight_bit() -> onnx.ModelProto:
-    """DynamicQuantizeMatMul of weights with a sign and without."""
+def eight_bit(*, signed: bool) -> onnx.ModelProto:
+    """DynamicQuantizeMatMul of weights with a sign, which need no zero point, or without."""
     tile = numpy_helper.from_array(np.array([WIDTH // 4, COLUMNS // 4]), "repeats")
-    signed = numpy_helper.from_array(_CODES, "signed codes")
-    unsigned = numpy_helper.from_array(_CODES.view(np.uint8) ^ np.uint8(128), "unsigned codes")
+    codes = numpy_helper.from_array(_CODES if signed else _CODES.view(np.uint8) ^ np.uint8(128), "codes")
     scale = numpy_helper.from_array(np.ones(COLUMNS, np.float32), "scale")
-    zero = numpy_helper.from_array(np.uint8(128), "zero")
+    zero = [] if signed else [numpy_helper.from_array(np.uint8(128), "zero")]
+    shift = numpy_helper.from_array(np.float32(0 if signed else -128), "shift")
+    operands = ["x", "tiled", "scale", *(tensor.name for tensor in zero)]
     nodes = [
-        helper.make_node("Tile", ["signed codes", "repeats"], ["signed"]),
-        helper.make_node("Tile", ["unsigned codes", "repeats"], ["unsigned"]),
-        helper.make_node("Cast", ["signed"], ["weights"], to=TensorProto.FLOAT),
-        helper.make_node("DynamicQuantizeMatMul", ["x", "signed", "scale"], [OUTPUTS[0]], domain="com.microsoft"),
-        helper.make_node(
-            "DynamicQuantizeMatMul", ["x", "unsigned", "scale", "zero"], [OUTPUTS[1]], domain="com.microsoft"
-        ),
+        helper.make_node("Tile", ["codes", "repeats"], ["tiled"]),
+        helper.make_node("Cast", ["tiled"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["floats", "shift"], ["weights"]),
+        helper.make_node("DynamicQuantizeMatMul", operands, [OUTPUTS[0 if signed else 1]], domain="com.microsoft"),
     ]
-    return _model(nodes, WIDTH, [tile, signed, unsigned, scale, zero])
+    return _model(nodes, WIDTH, [tile, codes, scale, shift, *zero])
 
 
 def blocks() -> onnx.ModelProto:
@@ -98,7 +96,8 @@ def square(operator: str, operand: int, result: int) -> onnx.ModelProto:
 
 
 PROBES: dict[str, Callable[[], onnx.ModelProto]] = {
-    "eight_bit": eight_bit,
+    "eight_bit": partial(eight_bit, signed=False),
+    "signed": partial(eight_bit, signed=True),
     "blocks": blocks,
     "float16": float16,
     "integers": partial(square, "MatMulInteger", TensorProto.UINT8, TensorProto.INT32),

@@ -25,12 +25,15 @@ def sign_weights(bundle: Path, output: Path) -> None:
             if node.op_type == "DynamicQuantizeMatMul":
                 _sign(output, tensors[node.input[1]])
                 node.input[3] = ""
+                while not node.input[-1]:  # as they were written
+                    node.input.pop()
                 num_changed += 1
         onnx.save_model(model, path)
     assert num_changed
     manifest = Bundle(bundle).manifest
+    producer = msgspec.structs.replace(manifest.producer, paliedge="0.1.0")
     files = {name: describe_file(output / name) for name in manifest.files}
-    write_manifest(output, msgspec.structs.replace(manifest, files=files))
+    write_manifest(output, msgspec.structs.replace(manifest, files=files, producer=producer))
 
 
 def _sign(folder: Path, tensor: onnx.TensorProto) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from paliedge.results import Generation, Timings
     from paliedge.views import Boxes, Masks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Boxes",
     "Detection",

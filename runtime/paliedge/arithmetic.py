@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["eight_bit", "blocks", "float16"]
-"""Products of two 8-bit matrices, of floats with weights in blocks of 4 and 8 bits, of float16."""
+Kind = Literal["eight_bit", "signed", "blocks", "float16"]
+"""Products of 8-bit matrices with weights without a sign, with signed ones, of floats with weights in blocks of 4 and 8
+bits, of float16."""
 NAMES: Mapping[Kind, str] = {
     "eight_bit": "8-bit products",
+    "signed": "8-bit products of signed weights",
     "blocks": "products of 4- and 8-bit blocks",
     "float16": "float16 sums",
 }
@@ -29,7 +31,7 @@ INTEGERS, FLOATS = FOLDER / "integers.onnx", FOLDER / "floats.onnx"
 _SIZE, _REPEATS = 384, 5
 _NUM_ROWS = (1, 3, 16)
 """Kernels differ by the number of rows."""
-_TOLERANCE: Mapping[Kind, float] = {"eight_bit": 1e-5, "blocks": 1e-2, "float16": 1e-5}
+_TOLERANCE: Mapping[Kind, float] = {"eight_bit": 1e-5, "signed": 1e-5, "blocks": 1e-2, "float16": 1e-5}
 """Of the largest sum. All numbers are whole ones that are exact but for float32's last bits; what kernels make of the
 floats that are multiplied with blocks is up to them, within 8 bits."""
 _BLOCK = 128
@@ -99,7 +101,7 @@ def _operands(kind: Kind, width: int) -> list[Array]:
     found = []
     for rows in _NUM_ROWS:
         x = np.arange(rows * width, dtype=np.int64).reshape(rows, width) * _STRIDE % 255
-        if kind == "eight_bit":  # measured together at run time: from 0 to 255 and from -128 to 127
+        if kind in ("eight_bit", "signed"):  # measured together at run time: from 0 to 255 and from -128 to 127
             x[:, :2] = 0, 255
             found += [x, x - 128]
         elif kind == "blocks":  # measured by the block

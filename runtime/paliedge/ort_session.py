@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from packaging.version import Version
 
 from paliedge.arithmetic import Arithmetic, Kind, measure_rate, probe
 from paliedge.bundle import Bundle
@@ -37,6 +38,7 @@ except (ImportError, OSError, AttributeError) as error:
 VERSION: str = ort.__version__
 _WITHOUT: dict[Kind, str] = {
     "float16": "Export the checkpoint again with `--target cpu`, whose graphs multiply in float32; or use engines.",
+    "signed": "Export the checkpoint again with this paliedge, whose 8-bit weights have no sign.",
     "eight_bit": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
     "blocks": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
 }
@@ -45,14 +47,22 @@ _MAX_BATCH = 64
 _SMALL_BYTES = 16_000_000
 """Of decoder weights: a model below that is faster on one thread, since its operators take less time than threads need
 to meet. Measured at 4 to 8 MB, where two threads made whole answers 1.4 to 2 times slower."""
-_EXACT: tuple[str, ...] = ("session.x64quantprecision", "session.disable_quant_qdq", "mlas.disable_kleidiai")
+_FIRST_WITHOUT_SIGN = Version("0.2")
+"""Of paliedge, whose exports for `cpu` have uint8 weights."""
+_CONVERTS_SIGNED = Version(VERSION) >= Version("1.30")
+"""Before, ONNX Runtime ends the whole process when it converts weights of a product without a zero point."""
+_EXACT: tuple[str, ...] = (
+    *(("session.x64quantprecision",) if _CONVERTS_SIGNED else ()),
+    "session.disable_quant_qdq",
+    "mlas.disable_kleidiai",
+)
 """What makes products add up as graphs say.
 
 x86 without VNNI cuts pairs of uint8 x int8 products that do not fit 16 bits. The first has int8 weights of
-com.microsoft's operators converted to uint8, whose products are exact. The second has graphs for TensorRT, which stand
-in for engines here, multiply in float32 what they dequantise, as near to 32-bit sums as any. The third keeps KleidiAI's
-kernels for ARM out: they round a whole row of activations to one scale where blocks have their own (twice the error
-where one channel is large), and with SME give zeros for int8 weights.
+com.microsoft's operators converted to uint8, as newer exports store them, whose products are exact. The second has
+graphs for TensorRT, which stand in for engines here, multiply in float32 what they dequantise, as near to 32-bit sums
+as any. The third keeps KleidiAI's kernels for ARM out: they round a whole row of activations to one scale where blocks
+have their own (twice the error where one channel is large), and with SME give zeros for int8 weights.
 """
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
@@ -240,14 +250,15 @@ class OrtSession:
         return decoded
 
 
-def kinds_of(target: Target) -> tuple[Kind, ...]:
+def kinds_of(manifest: Manifest, target: str) -> tuple[Kind, ...]:
     """The products of a target's graphs that ONNX Runtime may get wrong on some processor."""
-    found: list[Kind] = []
-    if any(tensor.dtype == "float16" for tensor in target.decoder.inputs):
-        found.append("float16")
-    elif target.precision in ("int8", "int4"):
-        found += ["eight_bit", "blocks"]
-    return tuple(found)
+    graphs = manifest.targets[target]
+    if any(tensor.dtype == "float16" for tensor in graphs.decoder.inputs):
+        return ("float16",)
+    if target != "cpu" or graphs.precision not in ("int8", "int4"):
+        return ()
+    signed = Version(manifest.producer.paliedge) < _FIRST_WITHOUT_SIGN
+    return ("signed" if signed else "eight_bit", "blocks")
 
 
 def compare_rates() -> float:
@@ -263,7 +274,7 @@ def examine_arithmetic(kind: Kind) -> Arithmetic:
 
 def _check_arithmetic(bundle: Bundle, target: str) -> tuple[str, ...]:
     """What was found of the graphs' products; an EngineMismatchError where they come out wrong on this processor."""
-    examined = [examine_arithmetic(kind) for kind in kinds_of(bundle.target(target))]
+    examined = [examine_arithmetic(kind) for kind in kinds_of(bundle.manifest, target)]
     for found in examined:
         if found.wrong:
             raise EngineMismatchError(

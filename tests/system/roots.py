@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ class Root:
             (self.path / "sys/devices/system/cpu" / name).write_text("0-1\n")
         (self.folder / "ready").touch()
 
-    def install(self, wheel: Path, locks: Sequence[str], more: Sequence[str] = ()) -> None:
+    def install(self, wheel: Path, locks: Sequence[str], more: Collection[str] = ()) -> None:
         """The project's wheel and what locks hold for this machine; `more` are packages of the lock `test`."""
         site = self.path / "opt/site"
         shutil.rmtree(site, ignore_errors=True)
