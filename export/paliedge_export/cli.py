@@ -211,6 +211,9 @@ def export(
         return
     for name in manifest.targets:
         click.echo(f"{output}: {name}: {_describe(manifest, name)}")
+    if compare:
+        for name, reason in manifest.not_compared.items():
+            click.echo(f"warning: the graphs for {name} were not run: {reason}", err=True)
 
 
 def _describe(manifest: Manifest, target: str) -> str:

@@ -337,7 +337,7 @@ def find_obstacle(target: Target) -> str:
 
     if target.cache_update == "in_place" and tuple(map(int, VERSION.split(".")[:2])) < _FIRST_WITH_TENSOR_SCATTER:
         needed = ".".join(map(str, _FIRST_WITH_TENSOR_SCATTER))
-        return f"onnxruntime {VERSION} has no kernel for TensorScatter, which came with {needed}"
+        return f"onnxruntime {VERSION} has no kernel for its TensorScatter, as {needed} has, for Python 3.11 and later"
     return ""
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from paliedge.bundle import describe_file
 from paliedge.errors import UsageError
-from paliedge.manifest import Limits, Manifest, Precision
+from paliedge.manifest import Limits, Manifest, Precision, write_manifest
 from paliedge.publish import publish_bundle
 from paliedge_export.bfloat16 import emulated
 from paliedge_export.big_vision import BigVisionCheckpoint
@@ -45,12 +46,21 @@ from paliedge_export.sensitivity import NUM_SAMPLES, LayerError, Trial, keep_wor
 from paliedge_export.smoothing import smooth, unsmoothed
 from paliedge_export.statistics import STATISTICS, Statistics, load_statistics
 from paliedge_export.weights import QUANTIZED, Encoding, Tensors, quantized_bits
-from paliedge_export.writer import Source, StoredByLayout, add_files, write_all_weights, write_bundle
+from paliedge_export.writer import (
+    Source,
+    StoredByLayout,
+    add_files,
+    write_all_weights,
+    write_bundle,
+    write_target,
+)
 
 DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
 """Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
 REPORT = "precision_report.json"
-_FP32_GRAPHS = "its fp32 graphs"
+_FP32_GRAPHS, _THESE_GRAPHS = "its fp32 graphs", "these graphs"
+STAND_IN = "jetpack6"
+"""Of the targets whose integers are laid out for TensorRT, the one that every ONNX Runtime runs."""
 _ENOUGH_TO_CALIBRATE = 32
 
 Report = Callable[[str], None]
@@ -255,7 +265,7 @@ class _Job:
         manifest = write_bundle(self.staging, self.source, stored, self.targets, encoding)
         manifest = msgspec.structs.replace(manifest, calibration=STATISTICS if quantized else None)
         if compare:
-            return self._compare(manifest, judged, reference, golden, report)
+            return self._compare(manifest, judged, reference, golden, report, stored, encoding)
         manifest = msgspec.structs.replace(manifest, not_compared=dict.fromkeys(self.targets, "the comparison was off"))
         return self._add_report(manifest, report) if quantized else add_files(self.staging, manifest)
 
@@ -336,8 +346,14 @@ class _Job:
         reference: Answers | None,
         golden: Answers | None,
         report: PrecisionReport,
+        stored: StoredByLayout,
+        encoding: Encoding,
     ) -> Manifest:
-        """Compare each target, write golden and report; targets with the same graphs share one comparison."""
+        """Compare each target, write golden and report; targets with the same graphs share one comparison.
+
+        For graphs that this ONNX Runtime cannot run, those of `STAND_IN` on the same weights are compared: a wrong
+        weight is found there, too.
+        """
         not_compared: dict[str, str] = {}
         done: dict[tuple[str, str], str] = {}
         for name, target in manifest.targets.items():
@@ -347,21 +363,24 @@ class _Job:
                 if isinstance(self.checkpoint, BigVisionCheckpoint):
                     missing = "transformers reads no .npz"
                 not_compared[name] = f"there was nothing to compare with: {missing}"
-            elif obstacle := find_obstacle(target):
-                not_compared[name] = obstacle
             elif files in done:
-                report.targets[name] = report.targets[done[files]]
+                self._share(report, not_compared, done[files], name)
             else:
-                self.report(f"comparing {name} with {reference.reference}")
-                with emulated(self.staging, manifest, name) if target.precision == "bf16" else nullcontext():
-                    runner = Runner(self.staging, name)
-                    report.targets[name] = compare(runner, samples, reference, self.source.tokens, target.precision)
-                check(report.targets[name], name)
                 done[files] = name
-                golden = golden or runner.answer(self.source.golden_samples, "these graphs")
-        runnable = next((name for name, target in manifest.targets.items() if not find_obstacle(target)), None)
-        if golden is None and runnable:
-            golden = Runner(self.staging, runnable).answer(self.source.golden_samples, "these graphs")
+                obstacle = find_obstacle(target)
+                standing_in = self._standing_in(manifest, name, stored, encoding) if obstacle else nullcontext(manifest)
+                with standing_in as runnable:
+                    judged, answers = self._judge(runnable, name, samples, reference, golden=not golden)
+                check(judged, STAND_IN if obstacle else name)
+                golden = golden or answers
+                if obstacle:
+                    found = judged.comparison.describe()
+                    not_compared[name] = f"{obstacle}; {STAND_IN}'s on the same weights were compared instead: {found}"
+                else:
+                    report.targets[name] = judged
+        runnable_target = next((name for name, target in manifest.targets.items() if not find_obstacle(target)), None)
+        if golden is None and runnable_target:
+            golden = Runner(self.staging, runnable_target).answer(self.source.golden_samples, _THESE_GRAPHS)
         if golden:
             prompts = self.source.golden_samples[0].prompts
             write_golden(self.staging / GOLDEN, prompts, golden, self.source.tokens.eos)
@@ -372,6 +391,42 @@ class _Job:
             golden=GOLDEN if golden else None,
         )
         return self._add_report(changed, report)
+
+    @staticmethod
+    def _share(report: PrecisionReport, not_compared: dict[str, str], one: str, other: str) -> None:
+        """What is known of a target is known of another with the same graphs."""
+        if one in report.targets:
+            report.targets[other] = report.targets[one]
+        else:
+            not_compared[other] = not_compared[one]
+
+    def _judge(
+        self, manifest: Manifest, name: str, samples: Sequence[Sample], reference: Answers, *, golden: bool
+    ) -> tuple[TargetReport, Answers | None]:
+        """Compare the target `name`; with `golden` its answers to the golden samples, too."""
+        self.report(f"comparing {name} with {reference.reference}")
+        precision = manifest.targets[name].precision
+        with emulated(self.staging, manifest, name) if precision == "bf16" else nullcontext():
+            runner = Runner(self.staging, name)
+            judged = compare(runner, samples, reference, self.source.tokens, precision)
+        return judged, runner.answer(self.source.golden_samples, _THESE_GRAPHS) if golden else None
+
+    @contextmanager
+    def _standing_in(
+        self, manifest: Manifest, name: str, stored: StoredByLayout, encoding: Encoding
+    ) -> Iterator[Manifest]:
+        """Meanwhile the target `name` has the graphs of `STAND_IN`, on its own weights."""
+        target = write_target(self.staging, self.source, STAND_IN, stored, encoding)
+        names = [graph.file for graph in (target.vision_encoder, target.decoder)]
+        files = manifest.files | {file: describe_file(self.staging / file) for file in names}
+        changed = msgspec.structs.replace(manifest, targets=manifest.targets | {name: target}, files=files)
+        write_manifest(self.staging, changed)
+        try:
+            yield changed
+        finally:
+            for file in set(names) - set(manifest.files):
+                (self.staging / file).unlink()
+            write_manifest(self.staging, manifest)
 
     def _add_report(self, manifest: Manifest, report: PrecisionReport) -> Manifest:
         (self.staging / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 from paliedge import ort_session
 from paliedge.bundle import Bundle
 from paliedge.errors import CheckpointError, PrecisionError, UsageError
-from paliedge_export import compare, exporter, opening, reference
+from paliedge.manifest import Precision
+from paliedge_export import compare, exporter, opening, reference, weights
 from paliedge_export.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
@@ -199,6 +201,41 @@ def test_graphs_that_this_onnx_runtime_is_too_old_for_are_listed_with_the_reason
     monkeypatch.setattr(ort_session, "VERSION", "1.23.2")  # the last one for Python 3.10
     manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "b", targets=["jetpack6", "jetpack7"])
     assert list(manifest.comparisons) == ["jetpack6"]
-    assert manifest.not_compared == {
-        "jetpack7": "onnxruntime 1.23.2 has no kernel for TensorScatter, which came with 1.25"
-    }
+    said = manifest.not_compared["jetpack7"]
+    assert said.startswith("onnxruntime 1.23.2 has no kernel for its TensorScatter, as 1.25 has, for Python 3.11")
+    assert "jetpack6's on the same weights were compared instead: cosine of features 1.0" in said
+
+
+def test_a_stand_in_leaves_nothing_behind_and_gives_golden_answers(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle holds what it would hold where jetpack7's own graphs can be run."""
+    export_bundle(str(paligemma.checkpoint), tmp_path / "run", targets=["jetpack7", "rtx"])
+    monkeypatch.setattr(ort_session, "VERSION", "1.23.2")
+    manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "b", targets=["jetpack7", "rtx"])
+    assert set(manifest.not_compared) == {"jetpack7", "rtx"}
+    assert manifest.golden
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {path.name for path in (tmp_path / "run").iterdir()}
+    Bundle(tmp_path / "b").verify_hashes()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_a_wrong_weight_is_found_by_the_stand_in(
+    precision: Precision, paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = weights.WeightFile.add
+
+    def spoil(self: weights.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
+        wrong = name == "language_model.layers.1.mlp.down_proj.weight" and np.dtype(dtype) != np.float32
+        honest(self, name, -array if wrong else array, dtype)
+
+    monkeypatch.setattr(weights.WeightFile, "add", spoil)
+    monkeypatch.setattr(ort_session, "VERSION", "1.23.2")
+    with pytest.raises(PrecisionError, match="graphs for jetpack6"):
+        export_bundle(
+            str(paligemma.checkpoint),
+            tmp_path / "b",
+            targets=["jetpack7"],
+            precision=precision,
+            quantization=paligemma.calibrated(precision),
+        )

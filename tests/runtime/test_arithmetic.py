@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
+from benchmarks.signed_weights import sign_weights
 from paliedge import PaliGemma, ort_session
 from paliedge.arithmetic import FOLDER, Arithmetic, Kind, probe
 from paliedge.bundle import Bundle
@@ -23,7 +24,6 @@ from paliedge.ort_session import examine_arithmetic, kinds_of, load_graph
 from paliedge_export.exporter import export_bundle
 from tests.paths import SHAPES_CHECKPOINT
 from tests.probes import PROBES, WIDTH
-from tests.signed_weights import sign_weights
 
 
 def load(path: Path) -> ort.InferenceSession:

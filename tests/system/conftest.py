@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
+from benchmarks.signed_weights import sign_weights
 from paliedge_export.exporter import export_bundle
 from tests.paths import SHAPES_CHECKPOINT
-from tests.signed_weights import sign_weights
 from tests.system.answering import AS_IT_IS, Answers, answer_all
 from tests.system.roots import build_wheel
 

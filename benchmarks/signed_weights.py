@@ -1,4 +1,4 @@
-"""An int8 bundle as paliedge wrote them before its weights lost their sign."""
+"""An int8 bundle as paliedge wrote them before its weights lost their sign: for comparisons with today's."""
 
 from __future__ import annotations
 
