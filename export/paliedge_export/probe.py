@@ -23,6 +23,8 @@ from paliedge_export.graph import layer_output
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
+_LARGE_BYTES = 500_000_000
+"""Of weights: a model above is not held in floats where its graphs have integers."""
 ABSMAX, MEAN_SQUARE, ROWS = ".absmax", ".mean_square", ".rows"
 
 
@@ -45,6 +47,7 @@ class ProbedGraphs:
         from paliedge.ort_session import load_graph  # an export that compares nothing does without ONNX Runtime
 
         num_threads = len(os.sched_getaffinity(0))
+        fold = sum((folder / name).stat().st_size for name in target.weights) < _LARGE_BYTES
 
         def load(graph: Graph) -> Any:
             model = onnx.load(folder / graph.file, load_external_data=False)
@@ -52,7 +55,7 @@ class ProbedGraphs:
             path = folder / f"probed.{graph.file}"
             onnx.save_model(model, path)
             try:
-                return load_graph(path, num_threads, prepack=prepack)
+                return load_graph(path, num_threads, prepack=prepack, fold=fold)
             finally:
                 path.unlink()
 

@@ -297,6 +297,7 @@ def load_graph(
     provider: Literal["cpu", "cuda"] = "cpu",
     *,
     prepack: bool = True,
+    fold: bool = True,
     plan_memory: bool = True,
 ) -> ort.InferenceSession:
     """Load one graph.
@@ -306,6 +307,8 @@ def load_graph(
         num_threads: for the operators.
         provider: "cpu" or "cuda".
         prepack: copy weights into the order that the kernels like best; without it they stay in their files.
+        fold: compute what is constant once; without it weights in integers are dequantised anew for each product and
+            never held in floats.
         plan_memory: from the second run of a shape on, ask for all of its memory in one piece. That saves a hundredth
             where operators take microseconds, and costs a large model as much memory again as the first run took,
             and the second run the time to fetch it.
@@ -318,7 +321,8 @@ def load_graph(
         options.add_session_config_entry(name, "1")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.disable_qdq_constant_folding", "1")
+    if not fold:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     options.enable_mem_pattern = plan_memory
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
