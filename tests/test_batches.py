@@ -73,6 +73,7 @@ def assert_same(found: Generation, alone: Generation, atol: float = 2e-3) -> Non
     assert [one.label for one in found.detections] == [one.label for one in alone.detections]
 
 
+@pytest.mark.opset24
 @pytest.mark.parametrize(("family", "target", "precision"), LAYOUTS)
 def test_a_batch_gives_what_each_request_gives_alone(
     tmp_path: Path, widths: list[int], family: str, target: str, precision: str

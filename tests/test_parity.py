@@ -237,6 +237,7 @@ def test_tiny_fp16_logits_are_near_the_references(tiny: Subject, tmp_path: Path)
     check_logits(half, tmp_path / "graphs", FP16_TOLERANCE)
 
 
+@pytest.mark.opset24
 @pytest.mark.parametrize("target", ["jetpack6", "jetpack7"])
 def test_tensorrts_graphs_give_the_references_tokens(
     target: str, tiny: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -264,6 +265,7 @@ def test_jetpack_7_and_desktop_gpus_share_their_graphs(tiny: Subject, tmp_path: 
     assert len(list((tmp_path / "bundle").glob("*.weights"))) == len(list(tiny.bundle.folder.glob("*.weights")))
 
 
+@pytest.mark.opset24(always=True)
 def test_shapes_tokens_of_tensorrts_graphs_are_the_references(shapes: Subject, tmp_path: Path) -> None:
     export_bundle(str(SHAPES_CHECKPOINT), tmp_path / "bundle", targets=["jetpack6", "jetpack7"], compare=False)
     bundle = Bundle(tmp_path / "bundle")

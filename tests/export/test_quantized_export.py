@@ -193,8 +193,7 @@ def test_a_residual_beyond_the_range_of_fp16_does_no_harm(target: str, tmp_path:
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     manifest = export(checkpoint, tmp_path / "b", "fp16", target)
     if target in manifest.not_compared:
-        assert "TensorScatter" in manifest.not_compared[target]  # the ONNX Runtime of Python 3.10
-        return
+        pytest.skip("this ONNX Runtime runs no graphs of opset 24; 1.25 does")
     assert manifest.comparisons[target].num_not_finite == 0
     export_bundle(str(checkpoint), tmp_path / "fp32", compare=False)
     wanted = Runner(tmp_path / "fp32", "cpu").answer(builtin_samples(), "fp32")
@@ -371,6 +370,7 @@ def test_sample_prompts_over_the_limit_are_refused(target: str, tmp_path: Path) 
         export(checkpoint, tmp_path / "b", "fp16", target)
 
 
+@pytest.mark.opset24
 @pytest.mark.parametrize("target", ["cpu", "jetpack7"])
 def test_small_limits_are_kept_by_the_comparison_and_the_golden_answers(target: str, tmp_path: Path) -> None:
     make_tiny(tmp_path / "checkpoint", "paligemma")

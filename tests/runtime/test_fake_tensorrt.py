@@ -155,6 +155,7 @@ def bench(machines: Machine, graphs: Graphs, logger: Logger) -> Bench:
     return Bench(machines, "tensorrt", graphs["in place"], logger)
 
 
+@pytest.mark.opset24(always=True)
 def test_the_bench_runs_with_and_without_a_graph(bench: Bench) -> None:
     assert bench.run()
     bench.launch(bench.capture())
@@ -282,17 +283,20 @@ MISTAKES = (
 )
 
 
+@pytest.mark.opset24(always=True)
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_is_found(mistake: Callable[[Bench], None], bench: Bench) -> None:
     with pytest.raises(Violation):
         mistake(bench)
 
 
+@pytest.mark.opset24(always=True)
 def test_an_engine_gone_before_its_context_is_found(bench: Bench) -> None:
     bench.engine = None
     assert bench.gpu.rules.violations == ["an engine went before its contexts"]
 
 
+@pytest.mark.opset24(always=True)
 def test_an_rtx_engine_that_allocates_by_itself_cannot_be_captured(
     machines: Machine, graphs: Graphs, logger: Logger
 ) -> None:
@@ -302,6 +306,7 @@ def test_an_rtx_engine_that_allocates_by_itself_cannot_be_captured(
         bench.capture()
 
 
+@pytest.mark.opset24(always=True)
 def test_an_rtx_context_that_compiles_in_the_background_cannot_be_captured(
     machines: Machine, graphs: Graphs, logger: Logger
 ) -> None:

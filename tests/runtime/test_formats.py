@@ -21,9 +21,10 @@ from paliedge.formats import FOLDER_FORMATS, TEXT_FORMATS, Format, Writer, open_
 from paliedge.prompt import BoxRequest
 from tests.runtime.test_views import CAT, DOG, OTHER_CAT, answer, detection, masked
 
-pytestmark = pytest.mark.bare
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
+pytestmark = [
+    pytest.mark.bare,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools'
+]
 ASKED = BoxRequest("detect", ["dog", "cat", "bird"])
 ONE, TWO = Path("pictures/one.jpg"), Path("pictures/two, three.png")
 BAD = ImageError(expected="a picture", found="none", action="Look.")

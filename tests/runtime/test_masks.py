@@ -13,9 +13,10 @@ from pycocotools import mask as coco
 from paliedge.errors import MissingExtraError
 from paliedge.masks import Mask
 
-pytestmark = pytest.mark.bare
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
+pytestmark = [
+    pytest.mark.bare,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools'
+]
 ROWS, COLUMNS = np.mgrid[0:64, 0:64] + 0.5
 DISC = (32 - np.hypot(ROWS - 32, COLUMNS - 32)).astype(np.float32) / 32
 LEFT_HALF = np.where(COLUMNS < 32, 1, -1).astype(np.float32)

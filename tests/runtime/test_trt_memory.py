@@ -22,6 +22,8 @@ from tests.fakes.machine import Machine, fake_machine
 from tests.runtime.conftest import TWO_BOARDS, VERSIONS, copy_bundle
 from tests.runtime.test_trt_session import IMAGES, ask_all, load
 
+pytestmark = pytest.mark.opset24
+
 OUT_OF_MEMORY, BROKEN = cudaError_t.cudaErrorMemoryAllocation, cudaError_t.cudaErrorLaunchFailure
 
 

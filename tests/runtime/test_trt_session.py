@@ -47,6 +47,8 @@ from tests.runtime.conftest import (
     open_reference,
 )
 
+pytestmark = pytest.mark.opset24
+
 IMAGES = [make_scene(HELD_OUT_SEED + 30_000 + index).image for index in range(3)]
 Answers = list[tuple[tuple[int, ...], tuple[float, ...]]]
 Reference = Callable[[str, str], PaliGemma]
@@ -314,6 +316,7 @@ def test_the_gpus_own_times_are_told(model: PaliGemma) -> None:
     assert fresh.timings.device.vision_ms > 0 == reused.timings.device.vision_ms
 
 
+@pytest.mark.opset24(always=True)
 @pytest.mark.parametrize("integrated", [False, True])
 def test_tensorrt_for_rtx_runs_the_same_graphs(
     bundles: dict[str, Path], reference: Reference, tmp_path: Path, integrated: bool

@@ -85,7 +85,7 @@ def test_a_video_that_breaks_off_gives_what_was_read_and_an_error(suffix: str, t
     path = write_video(tmp_path / f"v{suffix}", 30)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     numbers = numbers_until_error(path, "whole video")
-    assert 5 < len(numbers) < 25
+    assert 3 < len(numbers) < 25  # how many of a broken file FFmpeg's versions give differs
     assert numbers == list(range(len(numbers)))
 
 
