@@ -74,6 +74,6 @@ def test_a_bf16_export_with_a_wrong_weight_is_not_published(
         honest(self, name, -array if wrong else array, dtype)
 
     monkeypatch.setattr(weights.WeightFile, "add", spoil)
-    with pytest.raises(PrecisionError, match="bf16 graphs for (rtx|jetpack6) as good as"):
+    with pytest.raises(PrecisionError, match=r"bf16 graphs for (rtx|jetpack6) as good as"):
         export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", targets=["rtx"], precision="bf16")
     assert list(tmp_path.iterdir()) == []
