@@ -78,7 +78,7 @@ def run_rounds(bundle: Path, rounds: int, answers: int) -> dict[str, Any]:
             form: {name: statistics.median(one[name] for one in times[form]) for name in FIGURES} for form in FORMS
         },
         "ratios": {
-            f"{form} over cut": {name: _spread(times[form], times["cut"], name) for name in FIGURES}
+            f"{form}_over_cut": {name: _spread(times[form], times["cut"], name) for name in FIGURES}
             for form in ("converted", "unsigned")
         },
         "rounds": times,
