@@ -7,8 +7,6 @@ TEST := .venv/test
 GPU := .venv/gpu
 SYSTEM ?=
 GPU_EXTRAS ?= gpu,tensorrt
-# On one thread: two wait for one another where a neighbour takes a core.
-PYTEST := OMP_NUM_THREADS=1
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-system test-aarch64 test-processors test-python3.13 debian test-latest test-oldest test-gpu lint types \
@@ -19,27 +17,28 @@ demo: .venv/export/ready
 	@.venv/export/bin/paliedge demo -m build/shapes --save demo_output
 
 test: $(TEST)/ready
-	$(PYTEST) $(TEST)/bin/python -m pytest
+	$(TEST)/bin/python -m pytest
 
 # What needs Debian's packages and gets them by apt: other processors and other Pythons, emulated or in a root of their own.
 test-system: test-aarch64 test-processors test-python3.13
 
 # An arm64 root under qemu; AARCH64=0 leaves it out.
 AARCH64 ?= 1
-test-aarch64: $(TEST)/ready debian
 ifeq ($(AARCH64),0)
+test-aarch64:
 	@echo "aarch64 was not tested: AARCH64=0"
 else
-	$(PYTEST) $(TEST)/bin/python -m pytest tests/system/test_aarch64.py
+test-aarch64: $(TEST)/ready debian
+	$(TEST)/bin/python -m pytest tests/system/test_aarch64.py
 endif
 
 # x86 without VNNI and without AVX, under qemu.
 test-processors: $(TEST)/ready debian
-	$(PYTEST) $(TEST)/bin/python -m pytest tests/system/test_processors.py
+	$(TEST)/bin/python -m pytest tests/system/test_processors.py
 
 # What needs no torch, in Debian 13's root.
 test-python3.13: $(TEST)/ready debian
-	$(PYTEST) $(TEST)/bin/python -m pytest tests/system/test_python313.py
+	$(TEST)/bin/python -m pytest tests/system/test_python313.py
 
 DEBIAN := debootstrap qemu-user-static
 debian:
@@ -50,12 +49,12 @@ debian:
 # The newest versions that pyproject.toml allows, whatever day it is. What packages announce to drop is listed; it is an
 # error where the project itself uses it.
 test-latest: .venv/latest/ready
-	$(PYTEST) .venv/latest/bin/python -m pytest --announced
+	.venv/latest/bin/python -m pytest --announced
 
 # The oldest versions that pyproject.toml allows, and the newest that Python 3.10 gets, both on the Python at hand.
 test-oldest: .venv/oldest/ready .venv/python3.10/ready
-	$(PYTEST) .venv/oldest/bin/python -m pytest --announced
-	$(PYTEST) .venv/python3.10/bin/python -m pytest --announced
+	.venv/oldest/bin/python -m pytest --announced
+	.venv/python3.10/bin/python -m pytest --announced
 
 # Needs an NVIDIA GPU. SYSTEM=--system-site-packages lets the environment see JetPack's TensorRT;
 # GPU_EXTRAS=cpu,tensorrt is for Python 3.10, which has no onnxruntime-gpu; GPU_EXTRAS=gpu,rtx for desktops.
@@ -105,3 +104,6 @@ $(GPU)/ready: pyproject.toml
 
 clean:
 	rm -rf .venv build dist demo_output
+
+# Tests run on one thread: two wait for one another where a neighbour takes a core.
+test test-aarch64 test-processors test-python3.13 test-latest test-oldest: export OMP_NUM_THREADS := 1

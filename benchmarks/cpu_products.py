@@ -23,6 +23,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.machine import describe_machine
+from paliedge_export.quantization import INT8_ZERO, without_sign
 
 SHAPES = ((2048, 16384), (2048, 32768), (16384, 2048))
 ROWS = (1, 272)
@@ -56,7 +57,8 @@ def make_products(width: int, out: int) -> dict[str, onnx.ModelProto]:
         return _model("MatMulNBits", width, out, weights, **shape, accuracy_level=level)
 
     codes = rng.integers(-127, 128, (width, out), np.int8)
-    dynamic = {"weight": codes, "scale": np.full(out, 1e-3, np.float32)}
+    scale = np.full(out, 1e-3, np.float32)
+    dynamic = {"weight": without_sign(codes), "scale": scale, "zero": np.asarray(INT8_ZERO, np.uint8)}
     return {
         "float32 MatMul": _model("MatMul", width, out, {"weight": codes.astype(np.float32)}),
         "int8 DynamicQuantizeMatMul": _model("DynamicQuantizeMatMul", width, out, dynamic),

@@ -1,8 +1,8 @@
 """Write locks/*.txt: exact versions with hashes of all that is installed, for every supported Python and processor.
 
     make lock                                       # resolve anew, to the newest versions that pyproject.toml allows
-    .venv/lock/bin/python locks/lock.py             # add what pyproject.toml asks for now, keep the rest
-    .venv/lock/bin/python locks/lock.py --check     # say which lock is not what pyproject.toml asks for; write nothing
+    .venv/uv/bin/python locks/lock.py              # add what pyproject.toml asks for now, keep the rest
+    .venv/uv/bin/python locks/lock.py --check      # say which lock is not what pyproject.toml asks for; write nothing
 
 uv resolves for Pythons and processors that are not here. torch is in no lock, since its CPU builds have other hashes
 on every machine: make installs it by itself, and its CUDA packages where its build wants them. TensorRT comes with
@@ -12,6 +12,7 @@ JetPack.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ WITH_TORCH = (
     "nvidia-nvtx",
 )
 UNIVERSAL = ("--universal", "--python-version", "3.10")
+BACKPORTS = ("exceptiongroup", "importlib-metadata", "tomli", "zipp")
+"""Of what newer Pythons have themselves."""
 TEST_EXTRAS = ("cpu", "export", "reference", "bench", "eval", "optimum", "polygons", "video", "rtx", "dev")
 
 
@@ -44,6 +47,7 @@ class Lock:
         within: a lock whose versions it shares.
         below: bounds that pyproject.toml does not have.
         options: of uv.
+        leave_out: packages that are needed and not written down.
     """
 
     extras: tuple[str, ...] = ()
@@ -51,6 +55,7 @@ class Lock:
     within: str | None = None
     below: tuple[str, ...] = ()
     options: tuple[str, ...] = UNIVERSAL
+    leave_out: tuple[str, ...] = ()
 
 
 LOCK_BY_NAME = {
@@ -61,7 +66,7 @@ LOCK_BY_NAME = {
     "jetpack": Lock(("cpu", "tensorrt"), within="runtime", below=("cuda-bindings<13.3",)),
     "export": Lock(("cpu", "export"), within="runtime"),
     "test": Lock(TEST_EXTRAS, within="export"),
-    "python3.10": Lock(TEST_EXTRAS, within="test", options=("--python-version", "3.10")),
+    "python3.10": Lock(TEST_EXTRAS, within="test", options=("--python-version", "3.10"), leave_out=BACKPORTS),
     "oldest": Lock(TEST_EXTRAS, options=("--python-version", "3.11", "--resolution", "lowest-direct")),
 }
 
@@ -73,9 +78,10 @@ LATEST = Lock(TEST_EXTRAS, options=())
 def compile_lock(lock: Lock, output: Path, *options: str) -> None:
     """Resolve one lock into `output`; versions that stand there already are kept where they still fit."""
     command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--generate-hashes"]
-    command += ["--python", sys.executable, "--no-python-downloads", "--no-header", "--no-annotate"]
+    command += ["--python", sys.executable, "--no-python-downloads", "--system-certs", "--no-header", "--no-annotate"]
     command += [*lock.options, *options, "--output-file", str(output)]
     command += [part for package in WITH_TORCH for part in ("--no-emit-package", package)]
+    command += [part for package in lock.leave_out for part in ("--no-emit-package", package)]
     command += [part for extra in lock.extras for part in ("--extra", extra)]
     with tempfile.TemporaryDirectory() as scratch:
         bounds = Path(scratch, "bounds.txt")
@@ -107,6 +113,33 @@ def find_stale(names: Sequence[str] = tuple(LOCK_BY_NAME)) -> list[str]:
         return [name for name, stale in zip(names, pool.map(is_stale, names), strict=True) if stale]
 
 
+def read_hashes(file: Path) -> dict[str, frozenset[str]]:
+    """The hashes of each `name==version`."""
+    found: dict[str, set[str]] = {}
+    entry = ""
+    for line in file.read_text().splitlines():
+        entry = entry if line.startswith(" ") else line.split()[0]
+        found.setdefault(entry, set()).update(re.findall(r"sha256:([0-9a-f]{64})", line))
+    return {name: frozenset(hashes) for name, hashes in found.items()}
+
+
+def find_wrong_hashes(names: Sequence[str] = tuple(LOCK_BY_NAME)) -> list[str]:
+    """Versions with a hash that is not the registry's: uv keeps those of a lock that it goes on with."""
+
+    def look(name: str) -> list[str]:
+        fresh = Path(scratch, f"{name}.txt")
+        compile_lock(LOCK_BY_NAME[name], fresh, "--constraint", str(LOCKS / f"{name}.txt"))
+        known = read_hashes(fresh)
+        return [
+            f"{name}: {one}"
+            for one, hashes in read_hashes(LOCKS / f"{name}.txt").items()
+            if hashes - known.get(one, set())
+        ]
+
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor() as pool:
+        return [wrong for found in pool.map(look, names) for wrong in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write or check locks/*.txt.")
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where a lock is stale")
@@ -114,14 +147,14 @@ def main() -> None:
     parser.add_argument("--latest", type=Path, metavar="FILE", help="write the newest for this Python there, no more")
     options = parser.parse_args()
     if options.check:
-        stale = find_stale()
-        raise SystemExit(f"lock.py: stale: {', '.join(stale)}; run `make lock`" if stale else 0)
+        odd = find_stale() + find_wrong_hashes()
+        raise SystemExit(f"lock.py: not as resolved: {', '.join(odd)}; run `make lock`" if odd else 0)
     if options.latest:
         compile_lock(LATEST, options.latest, "--upgrade")
         return
     for name in LOCK_BY_NAME:
         compile_lock(LOCK_BY_NAME[name], LOCKS / f"{name}.txt", *(["--upgrade"] if options.upgrade else []))
-        print(f"{name}: {(LOCKS / name).with_name(name + '.txt').read_text().count('==')} packages")
+        print(f"{name}: {len(read_hashes(LOCKS / f'{name}.txt'))} versions")
 
 
 if __name__ == "__main__":

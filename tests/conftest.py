@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs graphs of opset 24 is skipped, and so counted, where ONNX Runtime cannot."""
-    if tuple(map(int, version("onnxruntime").split(".")[:2])) >= _FIRST_WITH_OPSET_24:
+    marked = [(item, mark) for item in items if (mark := item.get_closest_marker("opset24"))]
+    if not marked:
         return
-    for item in items:
-        mark = item.get_closest_marker("opset24")
+    from paliedge.ort_session import VERSION
+
+    if tuple(map(int, VERSION.split(".")[:2])) >= _FIRST_WITH_OPSET_24:
+        return
+    for item, mark in marked:
         parameters = str(getattr(item, "callspec", None) and item.callspec.params)  # type: ignore[attr-defined]
-        if mark and (mark.kwargs.get("always") or "jetpack7" in parameters or "'rtx'" in parameters):
+        if mark.kwargs.get("always") or "jetpack7" in parameters or "'rtx'" in parameters:
             item.add_marker(pytest.mark.skip(reason="this ONNX Runtime runs no graphs of opset 24; 1.25 does"))
 
 
@@ -62,7 +65,7 @@ def _needs_torch(error: BaseException | None) -> bool:
     while error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _NEED_TORCH:
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return False
 
 

@@ -204,6 +204,9 @@ def export(
         compare=compare,
         report=lambda line: click.echo(line, err=True),
     )
+    if compare:
+        for name, reason in manifest.not_compared.items():
+            click.echo(f"warning: the graphs for {name} were not compared: {reason}", err=True)
     if as_json:
         kept = {name: msgspec.to_builtins(getattr(manifest, name)) for name in ("comparisons", "not_compared")}
         chosen = next(iter(manifest.targets.values())).precision
@@ -211,9 +214,6 @@ def export(
         return
     for name in manifest.targets:
         click.echo(f"{output}: {name}: {_describe(manifest, name)}")
-    if compare:
-        for name, reason in manifest.not_compared.items():
-            click.echo(f"warning: the graphs for {name} were not run: {reason}", err=True)
 
 
 def _describe(manifest: Manifest, target: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from paliedge.bundle import Bundle
 from paliedge.embedding import EmbeddingTable
 from paliedge.errors import PrecisionError, UsageError
-from paliedge.manifest import Comparison, Cosine, Precision, Target, Tokens
+from paliedge.manifest import Comparison, Cosine, Manifest, Precision, Target, Tokens
 from paliedge.preprocess import Preprocessor
 from paliedge.prompt import PromptTokenizer
 from paliedge.session import FloatArray
@@ -339,6 +339,14 @@ def find_obstacle(target: Target) -> str:
         needed = ".".join(map(str, _FIRST_WITH_TENSOR_SCATTER))
         return f"onnxruntime {VERSION} has no kernel for its TensorScatter, as {needed} has, for Python 3.11 and later"
     return ""
+
+
+def find_wrong_sums(manifest: Manifest, target: str) -> str:
+    """Why what a target's graphs say here would be no measure of them; empty where it is one."""
+    from paliedge.ort_session import VERSION, find_wrong_products
+
+    wrong = find_wrong_products(manifest, target)
+    return f"onnxruntime {VERSION} adds up otherwise on this processor than the graphs say ({wrong})" if wrong else ""
 
 
 def _cosines(first: FloatArray, second: FloatArray) -> FloatArray:

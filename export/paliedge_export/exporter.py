@@ -29,6 +29,7 @@ from paliedge_export.compare import (
     collect_statistics,
     compare,
     find_obstacle,
+    find_wrong_sums,
     ignore_outputs,
 )
 from paliedge_export.golden import GOLDEN, write_golden
@@ -363,14 +364,16 @@ class _Job:
                 if isinstance(self.checkpoint, BigVisionCheckpoint):
                     missing = "transformers reads no .npz"
                 not_compared[name] = f"there was nothing to compare with: {missing}"
+            elif wrong := find_wrong_sums(manifest, name):
+                not_compared[name] = wrong
             elif files in done:
                 self._share(report, not_compared, done[files], name)
             else:
                 done[files] = name
                 obstacle = find_obstacle(target)
                 standing_in = self._standing_in(manifest, name, stored, encoding) if obstacle else nullcontext(manifest)
-                with standing_in as runnable:
-                    judged, answers = self._judge(runnable, name, samples, reference, golden=not golden)
+                with standing_in as staged:
+                    judged, answers = self._judge(staged, name, samples, reference, golden=not golden)
                 check(judged, STAND_IN if obstacle else name)
                 golden = golden or answers
                 if obstacle:
@@ -378,9 +381,9 @@ class _Job:
                     not_compared[name] = f"{obstacle}; {STAND_IN}'s on the same weights were compared instead: {found}"
                 else:
                     report.targets[name] = judged
-        runnable_target = next((name for name, target in manifest.targets.items() if not find_obstacle(target)), None)
-        if golden is None and runnable_target:
-            golden = Runner(self.staging, runnable_target).answer(self.source.golden_samples, _THESE_GRAPHS)
+        runnable = (name for name, target in manifest.targets.items() if not find_obstacle(target))
+        if golden is None and (first := next((name for name in runnable if not find_wrong_sums(manifest, name)), None)):
+            golden = Runner(self.staging, first).answer(self.source.golden_samples, _THESE_GRAPHS)
         if golden:
             prompts = self.source.golden_samples[0].prompts
             write_golden(self.staging / GOLDEN, prompts, golden, self.source.tokens.eos)

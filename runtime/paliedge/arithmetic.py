@@ -45,7 +45,7 @@ class Arithmetic(NamedTuple):
 
     Attributes:
         kind: of products.
-        wrong: by product, the sum that was furthest off over the right one; empty where all are exact.
+        wrong: by product a sum that is off, over the right one; empty where all are exact.
     """
 
     kind: Kind
@@ -70,7 +70,7 @@ def probe(kind: Kind, load: Callable[[Path], Any]) -> Arithmetic:
         limit = _TOLERANCE[kind] * np.abs(exact).max()
         for name, product in zip(names, products, strict=False):
             error = np.abs(product - exact)
-            if error.max() > limit:
+            if not error.max() <= limit and name not in wrong:  # also what is no number
                 place = np.unravel_index(error.argmax(), error.shape)
                 wrong[name] = float(product[place] / exact[place])
     return Arithmetic(kind, wrong)

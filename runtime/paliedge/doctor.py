@@ -167,12 +167,13 @@ def _examine_packages(onnxruntime: list[str] | PaliEdgeError) -> Iterator[Findin
 
 def _examine_arithmetic() -> Finding:
     from paliedge.arithmetic import NAMES
-    from paliedge.ort_session import compare_rates, examine_arithmetic
+    from paliedge.ort_session import WITHOUT, compare_rates, examine_arithmetic
 
     found = [examine_arithmetic(kind) for kind in NAMES]
     value = "; ".join([*map(str, found), f"8-bit products at {compare_rates():.1f} times the rate of float32's"])
-    if any(one.wrong for one in found):
-        action = "Bundles that need such products are refused: export them with another --precision."
+    wrong = [one.kind for one in found if one.wrong]
+    if wrong:
+        action = " ".join(["Bundles with such products are refused.", *dict.fromkeys(WITHOUT[kind] for kind in wrong)])
         return Finding("arithmetic", value, "note", action)
     return Finding("arithmetic", value)
 

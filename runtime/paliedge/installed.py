@@ -7,8 +7,9 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
 
-_SELF = "paliedge"
+_SELF, _DEVELOPERS = "paliedge", "dev"
 
 
 class Outside(NamedTuple):
@@ -33,7 +34,7 @@ def find_outside() -> Iterator[Outside]:
         own = distribution(_SELF)
     except PackageNotFoundError:  # a checkout that is only on the path
         return
-    extras = own.metadata.get_all("Provides-Extra") or []
+    extras = [extra for extra in own.metadata.get_all("Provides-Extra") or [] if extra != _DEVELOPERS]
     seen = set()
     for text in own.requires or ():
         wanted = Requirement(text)
@@ -44,8 +45,15 @@ def find_outside() -> Iterator[Outside]:
             found = version(wanted.name)
         except PackageNotFoundError:
             continue
-        if not wanted.specifier.contains(found, prereleases=True):
+        if not _allows(wanted, found):
             yield Outside(wanted.name, found, str(wanted.specifier))
+
+
+def _allows(wanted: Requirement, found: str) -> bool:
+    try:
+        return wanted.specifier.contains(found, prereleases=True)
+    except InvalidVersion:  # a build of somebody's own
+        return True
 
 
 def _applies(wanted: Requirement, extras: list[str]) -> bool:

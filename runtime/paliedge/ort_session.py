@@ -36,7 +36,7 @@ except (ImportError, OSError, AttributeError) as error:
     ) from None
 
 VERSION: str = ort.__version__
-_WITHOUT: dict[Kind, str] = {
+WITHOUT: dict[Kind, str] = {
     "float16": "Export the checkpoint again with `--target cpu`, whose graphs multiply in float32; or use engines.",
     "signed": "Export the checkpoint again with this paliedge, whose 8-bit weights have no sign.",
     "eight_bit": "Export the checkpoint with `--precision fp16`, and report this with `paliedge doctor --json`.",
@@ -253,9 +253,11 @@ class OrtSession:
 def kinds_of(manifest: Manifest, target: str) -> tuple[Kind, ...]:
     """The products of a target's graphs that ONNX Runtime may get wrong on some processor."""
     graphs = manifest.targets[target]
-    if any(tensor.dtype == "float16" for tensor in graphs.decoder.inputs):
+    if graphs.precision == "fp32":
+        return ()
+    if target != "cpu" or any(tensor.dtype == "float16" for tensor in graphs.decoder.inputs):
         return ("float16",)
-    if target != "cpu" or graphs.precision not in ("int8", "int4"):
+    if graphs.precision == "fp16":
         return ()
     signed = Version(manifest.producer.paliedge) < _FIRST_WITHOUT_SIGN
     return ("signed" if signed else "eight_bit", "blocks")
@@ -272,17 +274,20 @@ def examine_arithmetic(kind: Kind) -> Arithmetic:
     return probe(kind, lambda path: load_graph(path, num_threads=1))
 
 
+def find_wrong_products(manifest: Manifest, target: str) -> Arithmetic | None:
+    """The first kind of the graphs' products that this processor gets wrong; None where all are as graphs say."""
+    return next((found for kind in kinds_of(manifest, target) if (found := examine_arithmetic(kind)).wrong), None)
+
+
 def _check_arithmetic(bundle: Bundle, target: str) -> tuple[str, ...]:
     """What was found of the graphs' products; an EngineMismatchError where they come out wrong on this processor."""
-    examined = [examine_arithmetic(kind) for kind in kinds_of(bundle.manifest, target)]
-    for found in examined:
-        if found.wrong:
-            raise EngineMismatchError(
-                expected=f"a processor on which onnxruntime {ort.__version__} adds up as the graphs for {target} say",
-                found=str(found),
-                action=_WITHOUT[found.kind],
-            )
-    return tuple(map(str, examined))
+    if wrong := find_wrong_products(bundle.manifest, target):
+        raise EngineMismatchError(
+            expected=f"a processor on which onnxruntime {ort.__version__} adds up as the graphs for {target} say",
+            found=str(wrong),
+            action=WITHOUT[wrong.kind],
+        )
+    return tuple(str(examine_arithmetic(kind)) for kind in kinds_of(bundle.manifest, target))
 
 
 def available_providers() -> list[str]:

@@ -106,6 +106,31 @@ def test_locks_are_what_resolving_them_again_gives(locking: ModuleType) -> None:
     assert locking.find_stale() == []
 
 
+def test_every_hash_is_the_registrys(locking: ModuleType) -> None:
+    assert locking.find_wrong_hashes() == []
+
+
+@pytest.mark.parametrize("name", ["uv", "runtime"])
+def test_a_hash_changed_by_hand_is_found(
+    name: str, locking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in LOCKS.glob("*.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changed = tmp_path / f"{name}.txt"
+    changed.write_text(re.sub(r"sha256:[0-9a-f]{8}", "sha256:00000000", changed.read_text(), count=1))
+    monkeypatch.setattr(locking, "LOCKS", tmp_path)
+    (wrong,) = locking.find_wrong_hashes([name])
+    assert wrong.startswith(f"{name}: ")
+
+
+def test_the_lock_of_the_build_is_what_makes_the_wheel(locking: ModuleType) -> None:
+    declared = re.search(r'^requires = \["([^"]+)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared
+    assert declared[1] in locking.LOCK_BY_NAME["build"].requires
+    wanted = Requirement(declared[1])
+    assert wanted.specifier.contains(versions(read_lock("build"))[canonicalize_name(wanted.name)])
+
+
 def test_a_lock_with_a_package_too_few_is_stale(
     locking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

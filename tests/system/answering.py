@@ -7,7 +7,6 @@ bundle's name products are taken as they come: nothing makes them exact, nothing
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,5 +65,4 @@ def furthest(first: Answers, second: Answers) -> float:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     Path(sys.argv[2]).write_text(json.dumps(answer_all(Path(sys.argv[1]), sys.argv[3:])))

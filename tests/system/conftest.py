@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +19,6 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 SIGNED, FLOAT16 = "signed", "float16"
 """int8 as it was exported before weights lost their sign, and fp16 with float16 products, as TensorRT's graphs have."""
 BUNDLES = (*PRECISIONS, SIGNED)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

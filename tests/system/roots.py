@@ -20,7 +20,7 @@ from tests.locks import Machine, pip, read_lock
 from tests.paths import ROOT
 
 BUILD = ROOT / "build" / "system"
-_QEMU_ARM64 = next(filter(None, map(shutil.which, ("qemu-aarch64-static", "qemu-aarch64"))), None)
+_QEMU_ARM64 = shutil.which("qemu-aarch64-static")
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _ELF_ARM64 = (
     r":arm64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
@@ -131,9 +131,7 @@ class Root:
         inside = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
         inside |= {"PYTHONPATH": "/opt/site:/src"} | variables
         register = _ELF_ARM64.format(qemu=_QEMU_ARM64) if self._foreign and not registered() else ""
-        enter = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-        if not registered() or os.getuid():
-            enter += ["--user", "--map-root-user"]
+        enter = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--user", "--map-root-user"]
         set_ = [f"{name}={value}" for name, value in inside.items()]
         at = ["/usr/bin/env", "-i", "-C", "/src", *set_]
         done = subprocess.run(
@@ -159,6 +157,17 @@ def require(*tools: str) -> None:
     missing = [tool for tool in tools if not shutil.which(tool)]
     if missing:
         pytest.fail(f"{', '.join(missing)} not found: run `make test-system`, which installs Debian's packages")
+
+
+def require_arm64() -> None:
+    """Fail in one line where ARM's programs cannot be run."""
+    require("qemu-aarch64-static", "debootstrap", "unshare")
+    mount = "mount -t binfmt_misc none /proc/sys/fs/binfmt_misc"
+    probe = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    if not registered() and subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.fail("no binfmt_misc for ARM: Linux 6.7 or later, or Debian's binfmt-support; AARCH64=0 leaves this out")
+    if os.getuid():
+        pytest.fail("debootstrap wants root; AARCH64=0 leaves this out")
 
 
 def build_wheel(folder: Path) -> Path:

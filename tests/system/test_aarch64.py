@@ -18,7 +18,7 @@ from tests.locks import Machine
 from tests.paths import ROOT
 from tests.system.answering import AS_IT_IS, Answers, equal, furthest
 from tests.system.conftest import FLOAT16, PRECISIONS, by_name
-from tests.system.roots import BUILD, Root, require
+from tests.system.roots import BUILD, Root, require_arm64
 
 CPU = "cortex-a76"
 """qemu's nearest: a Cortex-A78AE has the same instructions for products."""
@@ -43,7 +43,7 @@ VERBS = (
 
 @pytest.fixture(scope="module")
 def root(wheel: Path) -> Root:
-    require("qemu-aarch64-static", "debootstrap", "unshare")
+    require_arm64()
     made = Root(BUILD / "aarch64", "bookworm", "arm64", Machine("3.11.2", "aarch64", 36))
     made.make()
     core = "processor\t: {}\nBogoMIPS\t: 62.50\nFeatures\t: " + FEATURES

@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from paliedge.errors import OutputError, PaliEdgeError
+from paliedge.errors import OutputError, PaliEdgeError, UsageError
 
 _INTERRUPTED = 130
 
@@ -59,7 +59,8 @@ class _Verbs(click.Group):
                 return super().invoke(context)
         except PaliEdgeError as error:
             print_error(error)
-            _name_versions()
+            if not isinstance(error, UsageError):
+                _name_versions()
             context.exit(error.exit_code)
         except BrokenPipeError:
             raise  # click ends quietly
