@@ -173,7 +173,7 @@ def test_doctor_reads_a_boards_files(board: Root, paliedge: Callable[..., str]) 
 def test_plan_and_bench_run_on_a_board(board: Root, paliedge: Callable[..., str]) -> None:
     assert "orin-nano-8gb" in paliedge("plan")
     options = ("--runs", "2", "--max-new-tokens", "4", "--scenario", "single-stream", "--no-cold-start", "--json")
-    record = json.loads(paliedge("bench", "-m", "/out/int8", *options))
+    record = json.loads(paliedge("bench", "/src/runtime/paliedge/scenes", "-m", "/out/int8", *options))
     assert record["conditions"]["board"] == MODEL
     assert record["conditions"]["power mode"] == "MAXN_SUPER"
     assert record["conditions"]["arithmetic"].startswith("8-bit products: exact")
