@@ -82,14 +82,15 @@ def measure_rate(load: Callable[[Path], Any]) -> float:
     def seconds(path: Path, dtype: npt.DTypeLike) -> float:
         session = load(path)
         operands = dict.fromkeys("ab", np.ones((_SIZE, _SIZE), dtype))
-        return _best(lambda: session.run(None, operands))
+        return best_seconds(lambda: session.run(None, operands), _REPEATS)
 
     return seconds(FLOATS, np.float32) / seconds(INTEGERS, np.uint8)
 
 
-def _best(work: Callable[[], object]) -> float:
+def best_seconds(work: Callable[[], object], repeats: int) -> float:
+    """The shortest of several runs: what others take of the machine only adds."""
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import msgspec
 import numpy as np
 
-from paliedge.arithmetic import INTEGERS
+from paliedge.arithmetic import INTEGERS, best_seconds
 from paliedge.benching.record import Roofs
 from paliedge.errors import MissingExtraError
 
@@ -67,8 +65,8 @@ def measure_cpu(num_threads: int) -> Roofs:
     how = f"numpy, float32: a matrix of {_PROBE_BYTES >> 20} MiB times a vector; matrices of {_MATRIX} x {_MATRIX}"
     integers = _measure_integers(num_threads)
     return Roofs(
-        read_bytes_per_s=matrix.nbytes / _best(lambda: matrix @ vector),
-        flops_per_s=2 * _MATRIX**3 / _best(lambda: square @ square),
+        read_bytes_per_s=matrix.nbytes / best_seconds(lambda: matrix @ vector, _REPEATS),
+        flops_per_s=2 * _MATRIX**3 / best_seconds(lambda: square @ square, _REPEATS),
         how=f"{how}, and of 8-bit integers by onnxruntime" if integers else how,
         int8_ops_per_s=integers,
     )
@@ -82,7 +80,7 @@ def _measure_integers(num_threads: int) -> float | None:
         return None
     session = load_graph(INTEGERS, num_threads)
     square = {"a": np.ones((_MATRIX, _MATRIX), np.uint8), "b": np.ones((_MATRIX, _MATRIX), np.uint8)}
-    return 2 * _MATRIX**3 / _best(lambda: session.run(None, square))
+    return 2 * _MATRIX**3 / best_seconds(lambda: session.run(None, square), _REPEATS)
 
 
 def measure_gpu() -> Roofs:
@@ -107,15 +105,6 @@ def measure_gpu() -> Roofs:
         best = min(copy() for _ in range(_REPEATS))
     how = f"copies of {_PROBE_BYTES >> 20} MiB in the GPU's memory, read and written bytes together"
     return Roofs(read_bytes_per_s=2 * _PROBE_BYTES / best, flops_per_s=None, how=how)
-
-
-def _best(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 if __name__ == "__main__":
