@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.operator_times import GROUPS
 from benchmarks.peers.comparisons import compare_engines
-from paliedge.benching.plots import plot
-from paliedge.benching.record import Record, read_record
+from paliedge.bench.plots import plot
+from paliedge.bench.record import Record, read_record
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.machine import describe_machine
-from paliedge_export.quantization import INT8_ZERO, without_sign
+from paliedge_export.weights.integers import INT8_ZERO, without_sign
 
 SHAPES = ((2048, 16384), (2048, 32768), (16384, 2048))
 ROWS = (1, 272)

@@ -24,9 +24,10 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.signed_weights import sign_weights
-from paliedge import PaliGemma, ort_session
-from paliedge.arithmetic import Arithmetic
-from paliedge.bundle import Bundle
+from paliedge import PaliGemma
+from paliedge.backends import ort
+from paliedge.backends.arithmetic import Arithmetic
+from paliedge.bundle.bundle import Bundle
 
 FORMS = ("cut", "converted", "unsigned")
 FIGURES = ("load_s", "vision_ms", "prefill_ms", "token_ms", "peak_gb")
@@ -38,9 +39,9 @@ RESULTS = Path(__file__).parent / "results" / "exact_products.json"
 def measure(bundle: Path, form: str, answers: int) -> dict[str, float]:
     """Medians of one process, whose first answer does not count."""
     if form == "cut":
-        ort_session._EXACT = ()
-        ort_session.examine_arithmetic = lambda kind: Arithmetic(kind, {})  # type: ignore[assignment]
-    ort_session.VERSION  # noqa: B018  what is imported is no part of loading
+        ort._EXACT = ()
+        ort.examine_arithmetic = lambda kind: Arithmetic(kind, {})  # type: ignore[assignment]
+    ort.VERSION  # noqa: B018  what is imported is no part of loading
     started = time.perf_counter()
     model = PaliGemma.load(bundle)
     load_s = time.perf_counter() - started
@@ -100,7 +101,7 @@ def main() -> None:
     if options.form:
         print(json.dumps(measure(options.bundles[0], options.form, options.answers)))
         return
-    probes = {kind: dict(ort_session.examine_arithmetic(kind).wrong) for kind in ("eight_bit", "signed")}
+    probes = {kind: dict(ort.examine_arithmetic(kind).wrong) for kind in ("eight_bit", "signed")}
     measured = []
     for bundle in options.bundles:
         model = Bundle(bundle).manifest.model

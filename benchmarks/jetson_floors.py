@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paliedge.bundle import Bundle
-from paliedge.devices import DEVICES
-from paliedge.manifest import Manifest
-from paliedge.planning import plan_bundle
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Manifest
+from paliedge.planning.devices import DEVICES
+from paliedge.planning.memory import plan_bundle
 
 
 def floors(manifest: Manifest) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from paliedge.benching.conditions import read_processor
+from paliedge.bench.conditions import read_processor
 
 _PACKAGES = ("paliedge", "numpy", "onnx", "onnxruntime", "pillow")
 

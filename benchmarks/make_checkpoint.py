@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, build_tokenizer, write_tokenizer
-from paliedge_export.checkpoint import EMBED_TOKENS, Shape, expected_shapes
-from paliedge_export.config import ModelConfig, read_config
+from paliedge_export.checkpoint.config import ModelConfig, read_config
+from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, Shape, expected_shapes
 
 NUM_ROWS = 257_216
 FIRST_LOCATION = 256_000

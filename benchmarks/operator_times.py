@@ -25,7 +25,7 @@ import onnxruntime
 from benchmarks.machine import describe_machine
 from benchmarks.peers.harness import NUM_TOKENS
 from benchmarks.peers.ours import Ours
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
 
 GROUPS = ("linear layers", "attention", "the rest")
 _ANSWERS = 2

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from paliedge.building import SMALLEST_WORKSPACE, Part, design_engine, make_order, run_order
-from paliedge.bundle import Bundle
-from paliedge.flavours import ANY_GPU, load_flavour
+from paliedge.backends.trt.build import SMALLEST_WORKSPACE, Part, design_engine, make_order, run_order
+from paliedge.backends.trt.flavours import ANY_GPU, load_flavour
+from paliedge.bundle.bundle import Bundle
 
 TARGETS = ("jetpack6", "jetpack7")
 """`rtx` has jetpack7's graphs."""

@@ -22,9 +22,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.peers.harness import NUM_PROMPT_TOKENS, Engine, take_turns
 from benchmarks.peers.whole_model import SHAPES, copy_samples
-from paliedge.bundle import Bundle
-from paliedge.manifest import MANIFEST, Manifest
-from paliedge.roofline import decoder_flops, vision_flops
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import MANIFEST, Manifest
+from paliedge.planning.roofline import decoder_flops, vision_flops
 
 IMAGE_SIZES = (224, 448, 896)
 PRECISIONS = ("int8", "fp32")

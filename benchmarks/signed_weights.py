@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from paliedge.bundle import Bundle, describe_file
-from paliedge.manifest import write_manifest
+from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle.manifest import write_manifest
 
 
 def sign_weights(bundle: Path, output: Path) -> None:

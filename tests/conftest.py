@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["tests.bundles"]
+
 _FIRST_WITH_OPSET_24 = (1, 25)
 _NEED_TORCH = ("torch", "transformers", "peft", "optimum")
 BARE = "bare"
@@ -50,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [(item, mark) for item in items if (mark := item.get_closest_marker("opset24"))]
     if not marked:
         return
-    from paliedge.ort_session import VERSION
+    from paliedge.backends.ort import VERSION
 
     if tuple(map(int, VERSION.split(".")[:2])) >= _FIRST_WITH_OPSET_24:
         return

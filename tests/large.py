@@ -9,10 +9,21 @@ from typing import Literal
 
 import msgspec
 
-from paliedge.bundle import Bundle
-from paliedge.manifest import File, Graph, Limits, Manifest, Model, Precision, Target, Text, Vision, write_manifest
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import (
+    File,
+    Graph,
+    Limits,
+    Manifest,
+    Model,
+    Precision,
+    Target,
+    Text,
+    Vision,
+    write_manifest,
+)
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge.roofline import count_parameters
+from paliedge.planning.roofline import count_parameters
 
 PATCH_SIZE = 14
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float16", "int8": "int8", "int4": "int8"}

@@ -1,4 +1,4 @@
-"""The graphs that `paliedge.arithmetic` asks a processor with, as they are written: `python -m tests.probes`."""
+"""The graphs that `backends.arithmetic` asks a processor with, as they are written: `python -m tests.probes`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from paliedge.arithmetic import FOLDER
+from paliedge.backends.arithmetic import FOLDER
 
 WIDTH, COLUMNS, BLOCK = 1024, 16, 128
 FLOAT16_WIDTH = 16384

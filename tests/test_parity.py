@@ -20,15 +20,15 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import PaliGemma
-from paliedge.bundle import Bundle
-from paliedge.embedding import EmbeddingTable
-from paliedge.images import load_image
-from paliedge.ort_session import OrtSession
-from paliedge.preprocess import Preprocessor
-from paliedge.prompt import PromptTokenizer
+from paliedge.backends.ort import OrtSession
+from paliedge.bundle.bundle import Bundle
+from paliedge.generation.embedding import EmbeddingTable
+from paliedge.inputs.images import load_image
+from paliedge.inputs.preprocess import Preprocessor
+from paliedge.inputs.prompt import PromptTokenizer
 from paliedge_export.exporter import export_bundle
-from paliedge_export.lowering import TARGETS
-from paliedge_export.reference import reference_logits
+from paliedge_export.gate.reference import reference_logits
+from paliedge_export.targets import TARGETS
 from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
 

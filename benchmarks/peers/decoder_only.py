@@ -41,7 +41,7 @@ from benchmarks.peers.harness import (
     take_turns,
 )
 from benchmarks.peers.ours import inputs_for
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
 
 SIZES = {"mid": 6, "3b": 18}
 """Layers of the decoder."""

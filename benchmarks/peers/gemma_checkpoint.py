@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from paliedge_export.checkpoint import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
-from paliedge_export.config import ModelConfig, read_config
+from paliedge_export.checkpoint.config import ModelConfig, read_config
+from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Array, Checkpoint
 
 ROOT_NAME = "language_model."
 MAX_POSITIONS = 8192

@@ -200,8 +200,8 @@ def environment(name: str, requirements: Sequence[str], variables: Mapping[str, 
 
 
 def probe_bandwidth(num_threads: int) -> float:
-    """Bytes a second that the machine reads just now, see `paliedge.benching.roofs`."""
-    from paliedge.benching.roofs import measure_cpu_apart  # children of other environments import this module, too
+    """Bytes a second that the machine reads just now, see `paliedge.bench.roofs`."""
+    from paliedge.bench.roofs import measure_cpu_apart  # children of other environments import this module, too
 
     roofs = measure_cpu_apart(num_threads)
     if roofs.read_bytes_per_s is None:

@@ -1,7 +1,7 @@
 """The child process of OpenVINO on our own graphs: `python -m benchmarks.peers.openvino_peer BUNDLE INPUTS`.
 
 The same graphs and weights as ours, so that what differs is the runtime. Needs no onnxruntime: it loads the graphs
-itself, stores the KV rows that they return as `paliedge.ort_session` does, and binds what a step reads once.
+itself, stores the KV rows that they return as `paliedge.backends.ort` does, and binds what a step reads once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy.typing as npt
 import openvino  # type: ignore[import-not-found]  # in an environment of its own
 
 from benchmarks.peers.harness import Clock, Inputs, load_inputs, measure
-from paliedge.bundle import Bundle
-from paliedge.embedding import EmbeddingTable
-from paliedge.manifest import Tensor
-from paliedge.session import FloatArray, IdRange, present_name
+from paliedge.backends.session import FloatArray, IdRange, present_name
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Tensor
+from paliedge.generation.embedding import EmbeddingTable
 
 HINTS = ("f32", "bf16")
 Cache = dict[str, npt.NDArray[Any]]

@@ -22,12 +22,12 @@ import onnxruntime
 
 from benchmarks.peers.harness import NUM_TOKENS, ROOT, Clock, Inputs, make_inputs, measure
 from paliedge import PaliGemma
-from paliedge.backends import BackendOptions
-from paliedge.bundle import Bundle
-from paliedge.embedding import EmbeddingTable
-from paliedge.manifest import Manifest
-from paliedge.ort_session import OrtSession, load_graph
-from paliedge.session import IdRange
+from paliedge.backends.ort import OrtSession, load_graph
+from paliedge.backends.select import BackendOptions
+from paliedge.backends.session import IdRange
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Manifest
+from paliedge.generation.embedding import EmbeddingTable
 
 SCENE = ROOT / "runtime" / "paliedge" / "scenes" / "scene-1.png"
 PROMPT = "caption en"
@@ -100,7 +100,7 @@ def _decoder_alone(bundle: Bundle) -> Iterator[None]:
     def load(path: Path, *arguments: Any, **options: Any) -> onnxruntime.InferenceSession | None:
         return None if path == encoder else load_graph(path, *arguments, **options)
 
-    with patch("paliedge.ort_session.load_graph", load):
+    with patch("paliedge.backends.ort.load_graph", load):
         yield
 
 

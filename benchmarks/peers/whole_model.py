@@ -49,10 +49,10 @@ from benchmarks.peers.harness import (
     take_turns,
 )
 from benchmarks.peers.ours import inputs_for
-from paliedge.bundle import Bundle
-from paliedge.manifest import MANIFEST
-from paliedge.planning import estimate_memory
-from paliedge.roofline import count_parameters, scheme_for
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import MANIFEST
+from paliedge.planning.memory import estimate_memory
+from paliedge.planning.roofline import count_parameters, scheme_for
 
 SHAPES = ROOT / "benchmarks" / "shapes" / "checkpoint"
 RESULTS = ROOT / "benchmarks" / "results"

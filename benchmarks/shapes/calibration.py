@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.shapes.scenes import CLASSES, IMAGE_SIZE, NUM_LOCATIONS, Scene, caption, make_scene
-from paliedge.locations import location_tokens_from_box
+from paliedge.results.locations import location_tokens_from_box
 
 _FIRST_SEED = 500_000_000
 _NUM_SCENES = 48

@@ -23,12 +23,12 @@ import msgspec
 from benchmarks.machine import describe_machine
 from benchmarks.shapes.evaluate import evaluate
 from paliedge import PaliGemma
-from paliedge.backends import BackendOptions
-from paliedge.bundle import Bundle
-from paliedge.manifest import MANIFEST, Manifest
+from paliedge.backends.select import BackendOptions
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import MANIFEST, Manifest
 from paliedge_export.exporter import Quantization, export_bundle
-from paliedge_export.lowering import TARGETS
-from paliedge_export.weights import QUANTIZED
+from paliedge_export.targets import TARGETS
+from paliedge_export.weights.files import QUANTIZED
 
 CHECKPOINT = Path("benchmarks/shapes/checkpoint")
 LIMITS = {"fp16": 0.01, "int8": 0.01, "int4": 0.02}

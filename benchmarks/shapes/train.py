@@ -37,7 +37,7 @@ from benchmarks.shapes.pool import Pool
 from benchmarks.shapes.trainee import ANSWER_LOSSES, Trainee
 from benchmarks.shapes.validation import validate
 from benchmarks.shapes.vocabulary import build_tokenizer
-from paliedge_export.quantization import dequantize, quantize_int4
+from paliedge_export.weights.integers import dequantize, quantize_int4
 
 LOG_EVERY = 100
 _MUON_RATE = 4

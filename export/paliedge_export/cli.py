@@ -11,7 +11,7 @@ import click
 from paliedge.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from paliedge.manifest import Manifest, Precision
+    from paliedge.bundle.manifest import Manifest, Precision
 
 
 def _read_colour(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
@@ -179,7 +179,7 @@ def export(
     try:
         import msgspec
 
-        from paliedge.manifest import Limits
+        from paliedge.bundle.manifest import Limits
         from paliedge_export.exporter import Quantization, export_bundle
     except ModuleNotFoundError as error:
         raise MissingExtraError(

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import msgspec
 
-from paliedge.bundle import describe_file
+from paliedge.bundle.bundle import describe_file
+from paliedge.bundle.manifest import Limits, Manifest, Precision, write_manifest
+from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import UsageError
-from paliedge.manifest import Limits, Manifest, Precision, write_manifest
-from paliedge.publish import publish_bundle
-from paliedge_export.bfloat16 import emulated
-from paliedge_export.big_vision import BigVisionCheckpoint
-from paliedge_export.checkpoint import Checkpoint
-from paliedge_export.compare import (
+from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
+from paliedge_export.checkpoint.lora import Adapted
+from paliedge_export.checkpoint.metadata import read_tokens
+from paliedge_export.checkpoint.opening import check_precision, check_rows, folders_of, open_checkpoint, preprocess_of
+from paliedge_export.checkpoint.prompts import choose_prompts
+from paliedge_export.checkpoint.safetensors_reader import Checkpoint
+from paliedge_export.gate.bfloat16 import emulated
+from paliedge_export.gate.compare import (
     MAX_IMAGES,
     Answers,
     Runner,
@@ -32,21 +36,17 @@ from paliedge_export.compare import (
     find_wrong_sums,
     ignore_outputs,
 )
-from paliedge_export.golden import GOLDEN, write_golden
-from paliedge_export.head_vocabulary import choose_head_vocabulary
-from paliedge_export.linears import Linear, linears
-from paliedge_export.lora import Adapted
-from paliedge_export.lowering import TARGETS
-from paliedge_export.mask_decoder import find_mask_decoder, load_mask_decoder
-from paliedge_export.metadata import read_tokens
-from paliedge_export.opening import check_precision, check_rows, folders_of, open_checkpoint, preprocess_of
-from paliedge_export.prompts import choose_prompts
-from paliedge_export.reference import Reference
-from paliedge_export.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
-from paliedge_export.sensitivity import NUM_SAMPLES, LayerError, Trial, keep_worst, rank_layers
-from paliedge_export.smoothing import smooth, unsmoothed
-from paliedge_export.statistics import STATISTICS, Statistics, load_statistics
-from paliedge_export.weights import QUANTIZED, Encoding, Tensors, quantized_bits
+from paliedge_export.gate.golden import GOLDEN, write_golden
+from paliedge_export.gate.reference import Reference
+from paliedge_export.gate.sensitivity import NUM_SAMPLES, LayerError, Trial, keep_worst, rank_layers
+from paliedge_export.graphs.mask_decoder import find_mask_decoder, load_mask_decoder
+from paliedge_export.targets import TARGETS
+from paliedge_export.weights.activations import STATISTICS, Statistics, load_statistics
+from paliedge_export.weights.files import QUANTIZED, Encoding, Tensors, quantized_bits
+from paliedge_export.weights.head_vocabulary import choose_head_vocabulary
+from paliedge_export.weights.linears import Linear, linears
+from paliedge_export.weights.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
+from paliedge_export.weights.smoothing import smooth, unsmoothed
 from paliedge_export.writer import (
     Source,
     StoredByLayout,

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 
 from paliedge import __version__
-from paliedge.bundle import describe_file
-from paliedge.manifest import (
+from paliedge.bundle.bundle import describe_file
+from paliedge.bundle.manifest import (
     MANIFEST,
     Embedding,
     Graph,
@@ -30,18 +30,26 @@ from paliedge.manifest import (
     Vision,
     write_manifest,
 )
-from paliedge.prompt import PromptTokenizer
-from paliedge_export.checkpoint import EMBED_TOKENS, Array
-from paliedge_export.config import ModelConfig
-from paliedge_export.decoder import add_decoder, add_prefill
-from paliedge_export.golden import PROMPTS
-from paliedge_export.graph import GraphBuilder
-from paliedge_export.head_vocabulary import HeadVocabulary
-from paliedge_export.lowering import TARGETS, Layout, Lowering
-from paliedge_export.mask_decoder import CODEBOOK, add_mask_decoder, write_mask_weights
-from paliedge_export.samples import Sample, builtin_samples
-from paliedge_export.vision_encoder import add_vision_encoder
-from paliedge_export.weights import QUANTIZED, ROW_SCALES, Encoding, StoredGraphs, Tensors, WeightFile, write_weights
+from paliedge.inputs.prompt import PromptTokenizer
+from paliedge_export.checkpoint.config import ModelConfig
+from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, Array
+from paliedge_export.gate.golden import PROMPTS
+from paliedge_export.graphs.builder import GraphBuilder
+from paliedge_export.graphs.decoder import add_decoder, add_prefill
+from paliedge_export.graphs.mask_decoder import CODEBOOK, add_mask_decoder, write_mask_weights
+from paliedge_export.graphs.vision_encoder import add_vision_encoder
+from paliedge_export.targets import TARGETS, Layout, Lowering
+from paliedge_export.weights.files import (
+    QUANTIZED,
+    ROW_SCALES,
+    Encoding,
+    StoredGraphs,
+    Tensors,
+    WeightFile,
+    write_weights,
+)
+from paliedge_export.weights.head_vocabulary import HeadVocabulary
+from paliedge_export.weights.samples import Sample, builtin_samples
 
 _TOKENIZER = "tokenizer.json"
 

@@ -13,13 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paliedge.answering import EncodedImage, Piece
     from paliedge.errors import PaliEdgeError
-    from paliedge.locations import Detection
-    from paliedge.masks import Mask
+    from paliedge.generation.answering import EncodedImage, Piece
     from paliedge.model import PaliGemma
-    from paliedge.results import Generation, Timings
-    from paliedge.views import Boxes, Masks
+    from paliedge.results.arrays import Boxes, Masks
+    from paliedge.results.generation import Generation, Timings
+    from paliedge.results.locations import Detection
+    from paliedge.results.masks import Mask
 
 __version__ = "0.2.0"
 __all__ = [
@@ -37,16 +37,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Boxes": "views",
-    "Detection": "locations",
-    "EncodedImage": "answering",
-    "Generation": "results",
-    "Mask": "masks",
-    "Masks": "views",
+    "Boxes": "results.arrays",
+    "Detection": "results.locations",
+    "EncodedImage": "generation.answering",
+    "Generation": "results.generation",
+    "Mask": "results.masks",
+    "Masks": "results.arrays",
     "PaliEdgeError": "errors",
     "PaliGemma": "model",
-    "Piece": "answering",
-    "Timings": "results",
+    "Piece": "generation.answering",
+    "Timings": "results.generation",
 }
 
 

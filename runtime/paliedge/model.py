@@ -11,17 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from paliedge.answering import Answerer, EncodedImage, Piece, Request
-from paliedge.backends import BackendOptions, open_session
-from paliedge.bundle import Bundle
-from paliedge.constraints import BoxRule, Rule, anything
-from paliedge.embedding import EmbeddingTable
+from paliedge.backends.select import BackendOptions, open_session
+from paliedge.backends.session import Session
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Vocabulary
 from paliedge.errors import PaliEdgeError, UsageError
-from paliedge.images import ImageSource, load_image
-from paliedge.manifest import Vocabulary
-from paliedge.prefetch import read_ahead
-from paliedge.preprocess import Preprocessor
-from paliedge.prompt import (
+from paliedge.generation.answering import Answerer, EncodedImage, Piece, Request
+from paliedge.generation.constraints import BoxRule, Rule, anything
+from paliedge.generation.embedding import EmbeddingTable
+from paliedge.generation.prefetch import read_ahead
+from paliedge.inputs.images import ImageSource, load_image
+from paliedge.inputs.preprocess import Preprocessor
+from paliedge.inputs.prompt import (
     CaptionStyle,
     Prompt,
     PromptTokenizer,
@@ -33,8 +34,7 @@ from paliedge.prompt import (
     ocr_prompt,
     question_prompt,
 )
-from paliedge.results import Generation
-from paliedge.session import Session
+from paliedge.results.generation import Generation
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
 """A small PaliGemma that knows coloured shapes and printed words."""
@@ -132,7 +132,7 @@ class PaliGemma:
         """Run the vision encoder once, for several prompts on one image.
 
         Raises:
-            ImageError: see `paliedge.images.load_image`.
+            ImageError: see `paliedge.inputs.images.load_image`.
         """
         started = time.perf_counter()
         picture = load_image(image, bgr=bgr)

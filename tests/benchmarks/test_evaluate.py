@@ -11,7 +11,7 @@ import pytest
 from benchmarks.shapes.evaluate import Boxes, ap50, evaluate
 from benchmarks.shapes.scenes import HELD_OUT_SEED, box_example, caption, make_scene
 from paliedge import Detection, EncodedImage, Generation, Mask, PaliGemma, Timings
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
 from paliedge.model import SHIPPED_BUNDLE
 
 

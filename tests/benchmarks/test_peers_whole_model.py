@@ -28,7 +28,7 @@ from benchmarks.peers.whole_model import (
     merge,
     references_for,
 )
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
 from paliedge.model import SHIPPED_BUNDLE
 from tests.paths import SHAPES_CHECKPOINT
 

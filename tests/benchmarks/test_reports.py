@@ -13,11 +13,11 @@ from benchmarks.jetson_floors import floors
 from benchmarks.overlap import make_pictures, measure
 from benchmarks.peers.comparisons import STAGES
 from benchmarks.scaling import flatness, growth, operations
-from paliedge.benching.record import write_record
-from paliedge.bundle import Bundle
+from paliedge.bench.record import write_record
+from paliedge.bundle.bundle import Bundle
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge.roofline import decoder_flops, vision_flops
-from tests.benching.test_record import make_record
+from paliedge.planning.roofline import decoder_flops, vision_flops
+from tests.bench.test_record import make_record
 
 
 def test_a_step_that_grows_with_the_answer_is_seen() -> None:

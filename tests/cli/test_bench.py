@@ -9,20 +9,20 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from paliedge.benching.bench import _backend, _spread_warnings
-from paliedge.benching.record import Roofs, Stage, read_record, write_record
-from paliedge.benching.scenarios import Answer, Plan, Trace
-from paliedge.benching.shares import add_shares, step_bytes
-from paliedge.benching.statistics import summarise
-from paliedge.bundle import Bundle
+from paliedge.bench.record import Roofs, Stage, read_record, write_record
+from paliedge.bench.runner import _backend, _spread_warnings
+from paliedge.bench.scenarios import Answer, Plan, Trace
+from paliedge.bench.shares import add_shares, step_bytes
+from paliedge.bench.summaries import summarise
+from paliedge.bundle.bundle import Bundle
 from paliedge.cli import main
 from paliedge.cli.bench import _Progress
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import MissingExtraError
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge.results import Timings
-from paliedge.roofline import vision_flops
-from tests.benching.test_record import make_record, make_run
+from paliedge.planning.roofline import vision_flops
+from paliedge.results.generation import Timings
+from tests.bench.test_record import make_record, make_run
 
 
 def run(*arguments: object) -> Result:
@@ -120,7 +120,7 @@ def test_ctrl_c_behind_the_scenarios_keeps_them(tmp_path: Path, monkeypatch: pyt
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"paliedge.benching.bench.{late}", stop)
+    monkeypatch.setattr(f"paliedge.bench.runner.{late}", stop)
     result = run("--runs", 3, "--scenario", "single-stream", "-o", tmp_path / "part.json")
     assert result.exit_code == 130
     record = read_record(tmp_path / "part.json")
@@ -140,7 +140,7 @@ def test_progress_is_shown_before_the_first_whole_batch(capsys: pytest.CaptureFi
 
 
 def test_other_answers_than_the_exporters_are_told_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paliedge.golden._until", lambda eos, tokens: [1, 2, 3])
+    monkeypatch.setattr("paliedge.diagnostics.verify._until", lambda eos, tokens: [1, 2, 3])
     result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["accuracy"]["num_equal"] == 0
@@ -151,8 +151,8 @@ def test_a_gpu_that_cannot_be_probed_has_no_roof_and_nothing_is_lost(monkeypatch
     def fail() -> None:
         raise MissingExtraError(expected="cuda-bindings", found="no such package", action="Install it.")
 
-    monkeypatch.setattr("paliedge.benching.roofs.measure_gpu", fail)
-    monkeypatch.setattr("paliedge.benching.bench._backend", lambda said: "using ONNX Runtime with CUDA")
+    monkeypatch.setattr("paliedge.bench.roofs.measure_gpu", fail)
+    monkeypatch.setattr("paliedge.bench.runner._backend", lambda said: "using ONNX Runtime with CUDA")
     result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
     roofs = json.loads(result.stdout)["roofs"]
     assert roofs.pop("how") == "not measured: no such package"
@@ -164,7 +164,7 @@ def test_a_reason_that_names_cuda_makes_no_gpu() -> None:
 
 
 def test_a_cold_start_that_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paliedge.benching.cold_start.sys.executable", "/bin/false")
+    monkeypatch.setattr("paliedge.bench.cold_start.sys.executable", "/bin/false")
     result = run("--runs", 3, "--scenario", "single-stream", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["runs"][0]["num_answers"] == 3
@@ -177,7 +177,7 @@ def test_memory_that_is_now_faster_now_slower_is_told(monkeypatch: pytest.Monkey
     def probe(*_: object) -> Roofs:
         return Roofs(read_bytes_per_s=next(probes), flops_per_s=None, how="made up")
 
-    monkeypatch.setattr("paliedge.benching.roofs.measure_cpu_apart", probe)
+    monkeypatch.setattr("paliedge.bench.roofs.measure_cpu_apart", probe)
     result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
     assert json.loads(result.stdout)["roofs"]["read_bytes_per_s"] == 40e9
     assert "at 20.0 and at 40.0 GB/s" in result.stderr

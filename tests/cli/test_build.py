@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from paliedge.building import PARTS
-from paliedge.bundle import Bundle
+from paliedge.backends.trt.build import PARTS
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import MANIFEST
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import BuildError
-from paliedge.manifest import MANIFEST
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge.planning import FreeMemory
+from paliedge.planning.memory import FreeMemory
 from tests.cli.test_predict import LABELS, SCENE, run
 from tests.paths import SHAPES_CHECKPOINT
 
@@ -182,7 +182,7 @@ def test_a_bundle_for_the_cpu_alone_is_told_how_to_be_exported(tmp_path: Path) -
 def test_a_build_that_does_not_fit_is_refused_with_figures(
     free: FreeMemory, found: str, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paliedge.building.available_memory", lambda: free)
+    monkeypatch.setattr("paliedge.backends.trt.build.available_memory", lambda: free)
     before = sorted(exported.iterdir())
     result = run("build", exported, "--flavour", "rtx")
     assert (result.exit_code, result.stdout) == (4, "")
@@ -262,7 +262,7 @@ def test_options_reach_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append({"folder": folder, "flavour": flavour, **options})
         raise BuildError(expected="a", found="b", action="c")
 
-    monkeypatch.setattr("paliedge.building.build_engine", build)
+    monkeypatch.setattr("paliedge.backends.trt.build.build_engine", build)
     assert run("build", "B").exit_code == 1
     assert run("build", "B", "--flavour", "rtx", "--workspace", "64", "--force").exit_code == 1
     environment = {"MODEL": "B", "FLAVOUR": "tensorrt", "WORKSPACE": "2", "FORCE": "1"}
@@ -283,7 +283,7 @@ def test_an_error_stands_below_the_progress(
         options["on_progress"]("decoder", 0.5)
         raise BuildError(expected="a plan", found="none", action="Look.")
 
-    monkeypatch.setattr("paliedge.building.build_engine", build)
+    monkeypatch.setattr("paliedge.backends.trt.build.build_engine", build)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["build", "B"], standalone_mode=False) == 1
     assert capsys.readouterr().err.split("\n")[:3] == ["building decoder", "\r  decoder  50%", "error: expected a plan"]

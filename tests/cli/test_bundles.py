@@ -50,8 +50,8 @@ def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
 
 def test_verify_finds_a_machine_that_computes_something_else(tmp_path: Path) -> None:
     """Goldens that the graphs do not give stand for a machine whose arithmetic is wrong."""
-    from paliedge.bundle import Bundle, describe_file
-    from paliedge.manifest import write_manifest
+    from paliedge.bundle.bundle import Bundle, describe_file
+    from paliedge.bundle.manifest import write_manifest
 
     bundle = tmp_path / "bundle"
     shutil.copytree(SHIPPED_BUNDLE, bundle)
@@ -72,9 +72,9 @@ def test_verify_finds_a_machine_that_computes_something_else(tmp_path: Path) -> 
 
 
 def test_verify_finds_a_machine_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paliedge.bundle import Bundle
-    from paliedge.ort_session import OrtSession
-    from paliedge.session import Step
+    from paliedge.backends.ort import OrtSession
+    from paliedge.backends.session import Step
+    from paliedge.bundle.bundle import Bundle
 
     eos = Bundle(SHIPPED_BUNDLE).manifest.tokens.eos
     monkeypatch.setattr(OrtSession, "prefill", lambda *_: Step(eos, 0.0))

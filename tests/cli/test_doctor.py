@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from paliedge.doctor import examine
-from paliedge.manifest import MANIFEST
+from paliedge.bundle.manifest import MANIFEST
+from paliedge.diagnostics.doctor import examine
 from paliedge.model import SHIPPED_BUNDLE
 from tests.cli.test_predict import run
 

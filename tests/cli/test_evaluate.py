@@ -17,11 +17,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from benchmarks.shapes.scenes import CLASSES, HELD_OUT_SEED, Scene, caption, make_scene
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import write_manifest
 from paliedge.cli import main
-from paliedge.manifest import write_manifest
 from paliedge.model import SHIPPED_BUNDLE
-from tests.runtime.test_evaluation import without_mask_decoder
+from tests.evaluation.test_evaluation import without_mask_decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SCENES = [make_scene(HELD_OUT_SEED + index) for index in range(12)]

@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from paliedge.devices import DEVICES
-from paliedge.manifest import MANIFEST
+from paliedge.bundle.manifest import MANIFEST
+from paliedge.planning.devices import DEVICES
 from tests.cli.test_predict import run
 from tests.large import PALIGEMMA2_3B, PALIGEMMA_3B, make_manifest, write_hollow_bundle
 
@@ -148,6 +148,6 @@ def test_a_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_plan_loads_neither_numpy_nor_a_runtime_before_it_runs() -> None:
-    code = "import sys; import paliedge.cli.planning; print({'numpy', 'onnxruntime', 'msgspec'} & set(sys.modules))"
+    code = "import sys; import paliedge.cli.plan; print({'numpy', 'onnxruntime', 'msgspec'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert found.strip() == "set()"

@@ -17,8 +17,8 @@ from pycocotools.coco import COCO
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import DeviceError
+from paliedge.inputs.prompt import PromptTokenizer
 from paliedge.model import PaliGemma
-from paliedge.prompt import PromptTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 SCENES = json.loads((DEMO_SCENES / "scenes.json").read_text())

@@ -18,11 +18,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import sources
 from paliedge.cli import main
+from paliedge.inputs import sources
+from paliedge.inputs.video import read_video
 from paliedge.model import PaliGemma
-from paliedge.video import read_video
-from tests.runtime.test_video import write_video
+from tests.inputs.test_video import write_video
 
 SCENES = [Image.fromarray(make_scene(HELD_OUT_SEED + seed).image) for seed in range(5)]
 LABELS = "red circle ; blue square ; green star"

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paliedge_export.compare import Runner, collect_statistics
-from paliedge_export.config import read_config
+from paliedge_export.checkpoint.config import read_config
 from paliedge_export.exporter import Quantization, export_bundle
-from paliedge_export.linears import linears
-from paliedge_export.samples import builtin_samples
-from paliedge_export.statistics import Statistics
-from paliedge_export.weights import QUANTIZED
+from paliedge_export.gate.compare import Runner, collect_statistics
+from paliedge_export.weights.activations import Statistics
+from paliedge_export.weights.files import QUANTIZED
+from paliedge_export.weights.linears import linears
+from paliedge_export.weights.samples import builtin_samples
 
 if TYPE_CHECKING:
     from transformers import PaliGemmaForConditionalGeneration

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
 from tests.tiny import make_tiny
 
 OPTIMUM = Path(sys.executable).parent / "optimum-cli"

@@ -14,17 +14,17 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from paliedge import PaliGemma
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Limits, Manifest, Precision
+from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import PrecisionError, UsageError
-from paliedge.golden import verify_golden
-from paliedge.manifest import Limits, Manifest, Precision
-from paliedge_export import weights
-from paliedge_export.compare import Runner
-from paliedge_export.config import read_config
+from paliedge_export.checkpoint.config import read_config
 from paliedge_export.exporter import Quantization, export_bundle
-from paliedge_export.linears import linears
-from paliedge_export.samples import builtin_samples
-from paliedge_export.statistics import load_statistics
+from paliedge_export.gate.compare import Runner
+from paliedge_export.weights import files
+from paliedge_export.weights.activations import load_statistics
+from paliedge_export.weights.linears import linears
+from paliedge_export.weights.samples import builtin_samples
 from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
 
@@ -275,13 +275,13 @@ def test_the_layer_that_suffers_is_found_and_kept(target: str, budget: float, tm
 
 def test_a_broken_layer_is_named(mild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its weights upside down, in the files of the int8 bundle alone."""
-    honest = weights.WeightFile.add
+    honest = files.WeightFile.add
 
-    def spoil(self: weights.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
+    def spoil(self: files.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
         wrong = name.startswith("language_model.layers.1.") and np.dtype(dtype) == np.uint8
         honest(self, name, -array if wrong else array, dtype)
 
-    monkeypatch.setattr(weights.WeightFile, "add", spoil)
+    monkeypatch.setattr(files.WeightFile, "add", spoil)
     with pytest.raises(PrecisionError) as caught:
         export(mild, tmp_path / "b", "int8")
     assert "behind them: language_model.layers.1 (" in caught.value.found
@@ -290,13 +290,13 @@ def test_a_broken_layer_is_named(mild: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_no_number_is_seen(mild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One scale of the int8 bundle is infinite."""
-    honest = weights.WeightFile.add
+    honest = files.WeightFile.add
 
-    def spoil(self: weights.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
+    def spoil(self: files.WeightFile, name: str, array: Any, dtype: Any = np.float32) -> None:
         wrong = name == "language_model.layers.1.mlp.down_proj.weight_scale"
         honest(self, name, array * np.inf if wrong else array, dtype)
 
-    monkeypatch.setattr(weights.WeightFile, "add", spoil)
+    monkeypatch.setattr(files.WeightFile, "add", spoil)
     with pytest.raises(PrecisionError, match=r"activations that are no finite number [1-9]\S*, over 0"):
         export(mild, tmp_path / "b", "int8")
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from paliedge.bundle import Bundle
+from paliedge.bundle.bundle import Bundle
 from paliedge_export.exporter import export_bundle
 from tests.export.conftest import Tiny
 

@@ -14,17 +14,17 @@ import onnx
 import pytest
 import torch
 
-from paliedge import building
-from paliedge.building import build_engine
-from paliedge.bundle import Bundle
+from paliedge.backends.trt import build as building
+from paliedge.backends.trt.build import build_engine
+from paliedge.backends.trt.flavours import ANY_GPU, load_flavour
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Engine, Range
 from paliedge.errors import BuildError
-from paliedge.flavours import ANY_GPU, load_flavour
-from paliedge.manifest import Engine, Range
-from paliedge_export.config import read_config
+from paliedge_export.checkpoint.config import read_config
 from paliedge_export.exporter import Quantization, export_bundle
-from paliedge_export.linears import linears
-from paliedge_export.statistics import Statistics
-from paliedge_export.weights import QUANTIZED
+from paliedge_export.weights.activations import Statistics
+from paliedge_export.weights.files import QUANTIZED
+from paliedge_export.weights.linears import linears
 from tests.export.conftest import Tiny
 from tests.masks import PUBLISHED, random_mask_decoder
 from tests.paths import SHAPES_CHECKPOINT

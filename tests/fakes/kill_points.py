@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
-from paliedge.bundle import Bundle
-from paliedge.manifest import Engine
-from paliedge.publish import engine_staging, publish_engine
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Engine
+from paliedge.bundle.publish import engine_staging, publish_engine
 
 _OVERWRITES = 9
 """Exit code of a publication that writes over a file of the bundle, of which a kill would leave half."""

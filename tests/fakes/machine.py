@@ -17,11 +17,13 @@ from tests.fakes.tensorrt import Settings, make_module
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
-    from paliedge.manifest import Flavour
+    from paliedge.bundle.manifest import Flavour
     from tests.fakes.cuda_runtime import FakeCuda
 
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-_FRESH = tuple(f"paliedge.{name}" for name in ("cuda", "trt_engine", "trt_buffers", "trt_parts", "trt_session"))
+_FRESH = tuple(
+    f"paliedge.backends.{name}" for name in ("cuda", "trt.engine", "trt.buffers", "trt.parts", "trt.session")
+)
 """They import CUDA, or what does."""
 _CUDA = ("cuda", "cuda.bindings", "cuda.bindings.runtime")
 _IN_CHILDREN = """
@@ -142,10 +144,11 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 @contextmanager
 def _modules(standing_in: dict[str, ModuleType | None]) -> Iterator[None]:
     """Other modules; None is one that cannot be imported. Ours that import CUDA are imported afresh, then as before."""
-    package = importlib.import_module("paliedge")
+    homes = {name: name.rpartition(".") for name in _FRESH}
+    packages = {name: importlib.import_module(package) for name, (package, _, _) in homes.items()}
     names = (*standing_in, *_FRESH)
     before = {name: sys.modules[name] for name in names if name in sys.modules}
-    attributes = {name: getattr(package, name.split(".")[1], None) for name in _FRESH}
+    attributes = {name: getattr(packages[name], short, None) for name, (_, _, short) in homes.items()}
     for name in names:
         sys.modules.pop(name, None)
     sys.modules.update(standing_in)  # type: ignore[arg-type]  # None stands for a module that is not there
@@ -156,7 +159,7 @@ def _modules(standing_in: dict[str, ModuleType | None]) -> Iterator[None]:
             sys.modules.pop(name, None)
         sys.modules.update(before)
         for name, module in attributes.items():
-            short = name.split(".")[1]
+            package, short = packages[name], homes[name][2]
             if module is not None:
                 setattr(package, short, module)
             elif hasattr(package, short):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.machine import describe_machine
-from paliedge.cuda import GpuInfo, gpu_info
+from paliedge.backends.cuda import GpuInfo, gpu_info
 from tests.paths import ROOT, SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
 

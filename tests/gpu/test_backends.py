@@ -13,13 +13,13 @@ from typing import get_args
 import pytest
 
 from paliedge import PaliGemma
-from paliedge.backends import Backend, BackendOptions
-from paliedge.building import build_engine
-from paliedge.bundle import Bundle
+from paliedge.backends.select import Backend, BackendOptions
+from paliedge.backends.trt.build import build_engine
+from paliedge.bundle.bundle import Bundle
+from paliedge.diagnostics.selfcheck import NUM_DECODES, check_run
 from paliedge.errors import EngineMismatchError, MissingExtraError, PaliEdgeError
-from paliedge.images import load_image
+from paliedge.inputs.images import load_image
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge.selfcheck import NUM_DECODES, check_run
 from paliedge_export.exporter import export_bundle
 from tests.gpu.conftest import Record
 

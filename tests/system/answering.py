@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from paliedge import Generation, PaliGemma, ort_session
-from paliedge.arithmetic import NAMES, Arithmetic
+from paliedge import Generation, PaliGemma
+from paliedge.backends import ort
+from paliedge.backends.arithmetic import NAMES, Arithmetic
 
 AS_IT_IS = "as_it_is:"
 Answers = dict[str, Any]
@@ -30,19 +31,19 @@ def answer_all(scenes: Path, bundles: list[str]) -> Answers:
     """By bundle the token ids and log-probabilities of all answers, and what the processor's products are."""
     with np.load(scenes) as stored:
         images, labels = stored["images"], [str(text).split(";") for text in stored["labels"]]
-    exact, examine = ort_session._EXACT, ort_session.examine_arithmetic
+    exact, examine = ort._EXACT, ort.examine_arithmetic
     found: Answers = {"arithmetic": {kind: dict(examine(kind).wrong) for kind in NAMES}}
     for name in bundles:
         if name.startswith(AS_IT_IS):
-            ort_session._EXACT = ()
-            ort_session.examine_arithmetic = lambda kind: Arithmetic(kind, {})  # type: ignore[assignment]
+            ort._EXACT = ()
+            ort.examine_arithmetic = lambda kind: Arithmetic(kind, {})  # type: ignore[assignment]
         with PaliGemma.load(name.removeprefix(AS_IT_IS)) as model:
             pairs = zip(images, labels, strict=True)
             answers = [one for image, asked in pairs for one in answer(model, image, asked)]
             features = np.asarray(model.encode(images[0]).features)
         rows = [{"ids": list(one.token_ids), "log_probs": list(map(float, one.log_probs))} for one in answers]
         found[name] = {"answers": rows, "features": features.ravel().tolist()}
-        ort_session._EXACT, ort_session.examine_arithmetic = exact, examine
+        ort._EXACT, ort.examine_arithmetic = exact, examine
     return found
 
 

@@ -143,10 +143,10 @@ def test_a_graph_of_float16_products_is_refused(root: Root, answers: tuple[Answe
 
 
 BENCH = """
-from paliedge.benching import bench
-from paliedge.benching.roofs import no_roofs
+from paliedge.bench import runner
+from paliedge.bench.roofs import no_roofs
 from paliedge.cli import main
-bench._measure_roofs = lambda *arguments, **options: no_roofs("emulated")
+runner._measure_roofs = lambda *arguments, **options: no_roofs("emulated")
 main({arguments!r})
 """
 """All of it but the roofs, which take minutes under qemu."""

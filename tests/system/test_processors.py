@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from paliedge import ort_session
-from paliedge.arithmetic import probe
-from paliedge.bundle import Bundle
+from paliedge.backends import ort
+from paliedge.backends.arithmetic import probe
+from paliedge.bundle.bundle import Bundle
 from tests.locks import LOCKS, pip
 from tests.paths import ROOT, SHAPES_CHECKPOINT
 from tests.system.answering import AS_IT_IS, Answers, distance, equal, furthest
@@ -34,11 +34,11 @@ NUM_SCENES = 2
 @pytest.fixture(scope="module")
 def saturates() -> bool:
     """Whether this machine's own kernels cut sums of 8-bit products: it has AVX2 and no VNNI."""
-    exact, ort_session._EXACT = ort_session._EXACT, ()
+    exact, ort._EXACT = ort._EXACT, ()
     try:
-        return bool(probe("signed", lambda path: ort_session.load_graph(path, num_threads=1)).wrong)
+        return bool(probe("signed", lambda path: ort.load_graph(path, num_threads=1)).wrong)
     finally:
-        ort_session._EXACT = exact
+        ort._EXACT = exact
 
 
 @pytest.fixture(scope="module")

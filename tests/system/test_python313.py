@@ -23,8 +23,8 @@ NOT_HERE = (
     "--ignore=tests/cli/test_build.py",  # builds engines
     "--ignore=tests/export/test_tensorrt_rtx.py",
     "--deselect=tests/cli/test_bundles.py::test_export_prints_one_line_and_makes_a_bundle_that_answers",  # compares
-    "--deselect=tests/runtime/test_fake_names.py::test_tensorrts_names_are_the_real_ones",
-    "--deselect=tests/benching/test_machine.py::test_the_power_mode_and_the_revision_of_the_code_are_told",  # no git
+    "--deselect=tests/fakes/test_names.py::test_tensorrts_names_are_the_real_ones",
+    "--deselect=tests/bench/test_conditions.py::test_the_power_mode_and_the_revision_of_the_code_are_told",  # no git
 )
 
 

@@ -15,9 +15,9 @@ from paliedge.cli.options import Verb, json_option, model_options
 from paliedge.errors import UsageError
 
 if TYPE_CHECKING:
-    from paliedge.backends import BackendOptions
-    from paliedge.benching.record import Record, Scenario
-    from paliedge.benching.scenarios import Plan, Trace
+    from paliedge.backends.select import BackendOptions
+    from paliedge.bench.record import Record, Scenario
+    from paliedge.bench.scenarios import Plan, Trace
 
 _JUDGED = ("latency", "ttft", "token")
 _INTERRUPTED = 130
@@ -127,10 +127,10 @@ def _measure(
     options: BackendOptions,
     as_json: bool,
 ) -> None:
-    from paliedge.benching.bench import Settings, bench
-    from paliedge.benching.plots import import_matplotlib, plot
-    from paliedge.benching.report import check_path, save, to_text
-    from paliedge.benching.scenarios import Limits
+    from paliedge.bench.plots import import_matplotlib, plot
+    from paliedge.bench.report import check_path, save, to_text
+    from paliedge.bench.runner import Settings, bench
+    from paliedge.bench.scenarios import Limits
     from paliedge.model import SHIPPED_BUNDLE
 
     if output:
@@ -162,10 +162,10 @@ def _measure(
 
 
 def _compare(first: Path, second: Path, threshold: float, plots: Path | None, as_json: bool) -> None:
-    from paliedge.benching.compare import compare_records, differences
-    from paliedge.benching.plots import import_matplotlib, plot
-    from paliedge.benching.record import read_record
-    from paliedge.benching.report import compare_to_text
+    from paliedge.bench.compare import compare_records, differences
+    from paliedge.bench.plots import import_matplotlib, plot
+    from paliedge.bench.record import read_record
+    from paliedge.bench.report import compare_to_text
 
     if plots:
         import_matplotlib()
@@ -193,8 +193,8 @@ def _pictures(source: str | None) -> tuple[Path, ...]:
     """The files of SOURCE; none without one."""
     if source is None:
         return ()
-    from paliedge.sources import Files, open_source
-    from paliedge.video import FrameOptions
+    from paliedge.inputs.sources import Files, open_source
+    from paliedge.inputs.video import FrameOptions
 
     found = open_source(source, FrameOptions(), _say)
     if not isinstance(found, Files) or found.num_items is None:
@@ -207,7 +207,7 @@ def _pictures(source: str | None) -> tuple[Path, ...]:
 
 
 def _plans(scenarios: tuple[Scenario, ...], batches: list[int], fps: float | None) -> list[Plan]:
-    from paliedge.benching.scenarios import Plan
+    from paliedge.bench.scenarios import Plan
 
     plans = []
     for scenario in scenarios:

@@ -13,10 +13,10 @@ from paliedge.cli.options import backend_options, bundle_argument, json_option, 
 from paliedge.cli.predict import print_answer, save_picture
 
 if TYPE_CHECKING:
-    from paliedge.backends import BackendOptions
-    from paliedge.bundle import Bundle
-    from paliedge.manifest import Manifest
-    from paliedge.selfcheck import RunReport
+    from paliedge.backends.select import BackendOptions
+    from paliedge.bundle.bundle import Bundle
+    from paliedge.bundle.manifest import Manifest
+    from paliedge.diagnostics.selfcheck import RunReport
 
 DEMO_SCENES = Path(__file__).parents[1] / "scenes"
 
@@ -35,7 +35,7 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
     """Say what a bundle holds; without BUNDLE, the shipped one."""
     import msgspec
 
-    from paliedge.bundle import Bundle
+    from paliedge.bundle.bundle import Bundle
     from paliedge.model import SHIPPED_BUNDLE
 
     opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
@@ -78,7 +78,7 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
 
 def _describe_answers(manifest: Manifest) -> dict[str, str]:
     """What the bundle can say, and in answer to what."""
-    from paliedge.manifest import Prompts
+    from paliedge.bundle.manifest import Prompts
 
     has_masks = all(target.mask_decoder for target in manifest.targets.values())
     rows = {"masks": "decoded" if has_masks else "left as codes: exported without a mask decoder"}
@@ -141,10 +141,10 @@ def _print_precision_report(bundle: Bundle, *, as_json: bool) -> None:
 @json_option("The answer as JSON.")
 def verify(bundle: Path | None, run: bool, options: BackendOptions, as_json: bool) -> None:
     """Read every file of a bundle again, then let this machine repeat its golden answers."""
-    from paliedge.bundle import Bundle
-    from paliedge.golden import verify_golden
+    from paliedge.bundle.bundle import Bundle
+    from paliedge.diagnostics.selfcheck import check_run
+    from paliedge.diagnostics.verify import verify_golden
     from paliedge.model import SHIPPED_BUNDLE
-    from paliedge.selfcheck import check_run
 
     opened = Bundle(bundle or SHIPPED_BUNDLE, check_hashes=False)
     opened.verify_hashes()
@@ -201,7 +201,7 @@ def _print_run(checked: RunReport) -> None:
 @json_option("Answers as JSON lines.")
 def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool) -> None:
     """Detect, segment, caption, count and read on the sample scenes that ship with paliedge."""
-    from paliedge.images import load_image
+    from paliedge.inputs.images import load_image
 
     model = load_model(bundle, options)
     for scene in json.loads((DEMO_SCENES / "scenes.json").read_text()):

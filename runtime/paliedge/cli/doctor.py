@@ -21,7 +21,7 @@ def doctor(context: click.Context, bundles: tuple[Path, ...], as_json: bool) -> 
 
     Ends with 1 if one of them cannot run.
     """
-    from paliedge.doctor import examine
+    from paliedge.diagnostics.doctor import examine
     from paliedge.model import SHIPPED_BUNDLE
 
     findings = examine(bundles or (SHIPPED_BUNDLE,))

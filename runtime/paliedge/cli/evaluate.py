@@ -13,7 +13,7 @@ from paliedge.cli.options import Verb, json_option, load_model, model_options
 from paliedge.cli.predict import SOME_FAILED
 
 if TYPE_CHECKING:
-    from paliedge.backends import BackendOptions
+    from paliedge.backends.select import BackendOptions
     from paliedge.errors import PaliEdgeError
     from paliedge.evaluation import Task
     from paliedge.evaluation.cases import Outcome

@@ -85,7 +85,7 @@ class _Verbs(click.Group):
 
 def _name_versions() -> None:
     """What may be behind an error: packages of versions that are not allowed."""
-    from paliedge.installed import find_outside
+    from paliedge.diagnostics.installed import find_outside
 
     for outside in find_outside():
         click.echo(f"note: found {outside}, which may be the cause. {outside.action}", err=True)
@@ -109,13 +109,13 @@ def main() -> None:
     """
 
 
-from paliedge.cli import bench, building, bundles, doctor, evaluate, planning, predict  # noqa: E402  registers the verbs
+from paliedge.cli import bench, build, bundles, doctor, evaluate, plan, predict  # noqa: E402  registers the verbs
 
 for _verb in (
     *predict.VERBS,
     *bundles.VERBS,
-    *planning.VERBS,
-    *building.VERBS,
+    *plan.VERBS,
+    *build.VERBS,
     *doctor.VERBS,
     *evaluate.VERBS,
     *bench.VERBS,

@@ -12,11 +12,11 @@ import click
 from paliedge.errors import UsageError
 
 if TYPE_CHECKING:
-    from paliedge.backends import Backend, BackendOptions, OnMismatch
+    from paliedge.backends.select import Backend, BackendOptions, OnMismatch
     from paliedge.model import PaliGemma
 
 FORMATS = ("text", "json", "jsonl", "csv", "coco", "yolo", "labelme")
-"""What `--format` takes: `text` and those of `paliedge.formats`, which is too heavy to import here."""
+"""What `--format` takes: `text` and those of `paliedge.results.formats`, which is too heavy to import here."""
 Verb = TypeVar("Verb", bound=Callable[..., None])
 bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
 
@@ -57,7 +57,7 @@ def frame_options(verb: Verb) -> Verb:
 
     @wraps(verb)
     def collect(every: int, buffer: int, reconnect: int | None, **rest: Any) -> None:
-        from paliedge.video import FrameOptions
+        from paliedge.inputs.video import FrameOptions
 
         verb(frames=FrameOptions(every, buffer, reconnect), **rest)
 
@@ -99,7 +99,7 @@ def backend_options(verb: Verb) -> Verb:
     def collect(
         threads: int, backend: Backend, on_mismatch: OnMismatch, sequential: bool, cuda_graph: bool, **rest: Any
     ) -> None:
-        from paliedge.backends import BackendOptions
+        from paliedge.backends.select import BackendOptions
 
         verb(options=BackendOptions(backend, on_mismatch, threads, cuda_graph, sequential), **rest)
 

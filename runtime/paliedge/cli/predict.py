@@ -20,14 +20,14 @@ from paliedge.errors import ImageError, OutputError, PaliEdgeError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from paliedge.backends import BackendOptions
-    from paliedge.formats import Format, Writer
-    from paliedge.images import ImageSource
-    from paliedge.manifest import Prompts
-    from paliedge.prompt import BoxTask, CaptionStyle, Prompt
-    from paliedge.results import Generation
-    from paliedge.sources import Item, Source
-    from paliedge.video import FrameOptions, VideoWriter
+    from paliedge.backends.select import BackendOptions
+    from paliedge.bundle.manifest import Prompts
+    from paliedge.inputs.images import ImageSource
+    from paliedge.inputs.prompt import BoxTask, CaptionStyle, Prompt
+    from paliedge.inputs.sources import Item, Source
+    from paliedge.inputs.video import FrameOptions, VideoWriter
+    from paliedge.results.formats import Format, Writer
+    from paliedge.results.generation import Generation
 
     _MakePrompt = Callable[[Prompts], Prompt]
 
@@ -153,7 +153,7 @@ def segment(source: str, labels: str, **rest: Any) -> None:
 @_answer_options
 def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
     """Describe each picture in one sentence."""
-    from paliedge.prompt import caption_prompt
+    from paliedge.inputs.prompt import caption_prompt
 
     _answer_all(source, lambda prompts: caption_prompt(prompts, lang, style), **rest)
 
@@ -165,7 +165,7 @@ def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
 @_answer_options
 def ask(source: str, question: str, lang: str, **rest: Any) -> None:
     """Answer QUESTION about each picture."""
-    from paliedge.prompt import answer_prompt
+    from paliedge.inputs.prompt import answer_prompt
 
     _answer_all(source, lambda prompts: answer_prompt(prompts, question, lang), **rest)
 
@@ -177,7 +177,7 @@ def ask(source: str, question: str, lang: str, **rest: Any) -> None:
 @_answer_options
 def question(source: str, answer: str, lang: str, **rest: Any) -> None:
     """Ask the question about each picture that has ANSWER; pre-trained checkpoints know how."""
-    from paliedge.prompt import question_prompt
+    from paliedge.inputs.prompt import question_prompt
 
     _answer_all(source, lambda prompts: question_prompt(prompts, answer, lang), **rest)
 
@@ -187,7 +187,7 @@ def question(source: str, answer: str, lang: str, **rest: Any) -> None:
 @_answer_options
 def ocr(source: str, **rest: Any) -> None:
     """Read the text in each picture."""
-    from paliedge.prompt import ocr_prompt
+    from paliedge.inputs.prompt import ocr_prompt
 
     _answer_all(source, ocr_prompt, **rest)
 
@@ -202,7 +202,7 @@ def predict(source: str, prompt: str, **rest: Any) -> None:
 
     --conf and --free are for one that begins with detect or segment.
     """
-    from paliedge.prompt import free_prompt
+    from paliedge.inputs.prompt import free_prompt
 
     _answer_all(source, lambda prompts: free_prompt(prompt), **rest)
 
@@ -211,7 +211,7 @@ VERBS = (detect, segment, caption, ask, question, ocr, predict)
 
 
 def _answer_boxes(source: str, task: BoxTask, labels: str, **rest: Any) -> None:
-    from paliedge.prompt import box_prompt
+    from paliedge.inputs.prompt import box_prompt
 
     _answer_all(source, lambda prompts: box_prompt(prompts, task, labels), **rest)
 
@@ -233,9 +233,9 @@ def _answer_all(
     only_asked: bool = False,
 ) -> None:
     """Answer for every picture; a bad one is reported and the others are done. `form` None is text."""
-    from paliedge.formats import FOLDER_FORMATS, open_writer
-    from paliedge.manifest import Prompts
-    from paliedge.sources import open_source
+    from paliedge.bundle.manifest import Prompts
+    from paliedge.inputs.sources import open_source
+    from paliedge.results.formats import FOLDER_FORMATS, open_writer
 
     boxes = make_prompt(Prompts()).boxes  # the same whatever the bundle's own words are
     writer = open_writer(form, partial(click.echo, nl=False), save, boxes, free=free) if form else None
@@ -386,13 +386,13 @@ class _Saver:
             click.echo(f"saved {video.path}", err=True)
 
     def _open(self, stem: str) -> VideoWriter:
-        from paliedge.video import VideoWriter
+        from paliedge.inputs.video import VideoWriter
 
         return VideoWriter(self._free_name(stem, ".mp4"))
 
     def _plot(self, result: Generation) -> Image.Image:
         """As `Generation.plot`, but without a strip of text below where boxes were asked for and there are none."""
-        from paliedge.draw import draw_detections
+        from paliedge.results.draw import draw_detections
 
         if self._has_boxes and result.image:
             return draw_detections(result.image, result.detections)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from paliedge.bundle.manifest import Manifest, Prompts
 from paliedge.errors import ImageError, UsageError
 from paliedge.evaluation.cases import Case, Outcome, Shape, Watcher, answer_each
 from paliedge.evaluation.datasets import Annotation, CocoDataset, CocoImage, Runs
-from paliedge.manifest import Manifest, Prompts
-from paliedge.prompt import BoxTask, Prompt, box_prompt
-from paliedge.results import Generation
+from paliedge.inputs.prompt import BoxTask, Prompt, box_prompt
+from paliedge.results.generation import Generation
 
 if TYPE_CHECKING:
     from paliedge import EncodedImage

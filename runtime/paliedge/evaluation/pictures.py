@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from paliedge.draw import draw_answer
 from paliedge.evaluation.cases import Case, Shape
-from paliedge.images import load_image
+from paliedge.inputs.images import load_image
+from paliedge.results.draw import draw_answer
 
 EXPECTED_COLOUR, FOUND_COLOUR = "#009e73", "#d55e00"
 MAX_TILES = 12

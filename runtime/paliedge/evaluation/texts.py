@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from paliedge.bundle.manifest import Prompts
 from paliedge.errors import ImageError, UsageError
 from paliedge.evaluation import Task
 from paliedge.evaluation.cases import Case, Outcome, Watcher, answer_each
@@ -21,8 +22,7 @@ from paliedge.evaluation.metrics import (
     similarity,
     vqa_accuracy,
 )
-from paliedge.manifest import Prompts
-from paliedge.results import Generation
+from paliedge.results.generation import Generation
 
 
 class Writer(Protocol):

@@ -1,0 +1,94 @@
+"""What is to be exported: the checkpoint in whichever form it comes, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from paliedge.bundle.manifest import Precision, Preprocess, Tokens
+from paliedge.errors import CheckpointError, UsageError
+from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH, BigVisionCheckpoint
+from paliedge_export.checkpoint.config import ModelConfig, read_config
+from paliedge_export.checkpoint.hub import find_checkpoint
+from paliedge_export.checkpoint.lora import Adapted
+from paliedge_export.checkpoint.metadata import read_preprocess
+from paliedge_export.checkpoint.roboflow import Colour, read_letterbox, split_package
+from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
+from paliedge_export.targets import TARGETS
+from paliedge_export.weights.files import QUANTIZED
+
+
+def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
+    """A folder, a hub id, big_vision's .npz or Roboflow's package, with an adapter merged into it if there is one.
+
+    Raises:
+        CheckpointError: none of them, or one that cannot be read.
+        UsageError: an adapter for an .npz, or a second one.
+    """
+    path = Path(checkpoint)
+    if path.suffix == ".npz" and path.is_file():
+        if lora:
+            raise UsageError(
+                expected="a Hugging Face checkpoint to merge an adapter into",
+                found=f"big_vision's {path.name}",
+                action="Name the checkpoint that the adapter was trained on.",
+            )
+        return BigVisionCheckpoint(path)
+    folder, adapter = split_package(find_checkpoint(checkpoint))
+    if lora and adapter:
+        raise UsageError(
+            expected=f"one adapter: {adapter} holds one with its base model",
+            found=f"--lora {lora}, too",
+            action=f"Leave out --lora, or name {folder} as CHECKPOINT.",
+        )
+    config = read_config(folder)
+    adapter = lora or adapter
+    return Adapted(folder, config, adapter) if adapter else Checkpoint(folder, config)
+
+
+def check_precision(config: ModelConfig, targets: Sequence[str], precision: Precision) -> None:
+    """Raise a UsageError for a precision that a target has no kernels for, or the model no range."""
+    for name in targets:
+        if precision not in TARGETS[name].precisions:
+            raise UsageError(
+                expected=f"{' or '.join(TARGETS[name].precisions)} for the target '{name}'",
+                found=precision,
+                action="Name another --precision, or export this target into a bundle of its own.",
+            )
+    has_fp16 = precision == "fp16" or (precision in QUANTIZED and set(targets) != {"cpu"})
+    if has_fp16 and config.text.hidden_size >= GEMMA2_27B_WIDTH:
+        raise UsageError(
+            expected="a precision with the range of float32 for PaliGemma 2 28B",
+            found=f"{precision}, which multiplies in fp16, in which Gemma 2 27B is known to go wrong",
+            action="Export it with --precision fp32, or bf16 for TensorRT.",
+        )
+
+
+def folders_of(tensors: Checkpoint) -> list[Path]:
+    """Where small files of a checkpoint may lie: the adapter's folder, then the base model's."""
+    return [tensors.adapter, tensors.folder] if isinstance(tensors, Adapted) else [tensors.folder]
+
+
+def preprocess_of(tensors: Checkpoint, letterbox: Colour | None) -> Preprocess:
+    """What the checkpoint's own files say; big_vision has none, and resizes bilinearly.
+
+    A `letterbox` goes before that of Roboflow's package.
+    """
+    if isinstance(tensors, BigVisionCheckpoint):
+        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), letterbox=letterbox)
+    declared = read_letterbox(folders_of(tensors)[0])
+    preprocess = read_preprocess(tensors.folder, tensors.config.vision.image_size)
+    return msgspec.structs.replace(preprocess, letterbox=letterbox or declared)
+
+
+def check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
+    """Raise a CheckpointError where the tokenizer has more tokens than the table has rows."""
+    for name in (EMBED_TOKENS, LM_HEAD):
+        if name in tensors and tensors.shape(name)[0] < tokens.vocab_size:
+            raise CheckpointError(
+                expected=f"a row of '{name}' for each of the tokenizer's {tokens.vocab_size} tokens",
+                found=f"{tensors.shape(name)[0]} rows",
+                action="Take tokenizer.json from the checkpoint that yours was trained from.",
+            )

@@ -1,0 +1,376 @@
+"""Build a bundle's engines on the machine that will run them.
+
+Its graphs one after the other, each in a child process; nothing is published before all are done. Knows
+TensorRT by its version only; the child does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from paliedge.backends.cuda import GpuInfo
+
+from paliedge.backends.trt.builder_process import BuildCost, BuildEvent, BuildOrder
+from paliedge.backends.trt.flavours import ANY_GPU, TARGETS, TensorRt, find_flavours, load_flavour
+from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
+from paliedge.bundle.publish import engine_staging, publish_engine, wait_for_folder
+from paliedge.errors import (
+    BuildError,
+    BundleError,
+    EngineMismatchError,
+    MissingExtraError,
+    PaliEdgeError,
+    ResourceError,
+)
+from paliedge.planning.memory import (
+    available_memory,
+    check_build_memory,
+    check_run_memory,
+    estimate_decoder_workspace,
+    estimate_vision_workspace,
+)
+
+SMALLEST_WORKSPACE = 1 << 30
+"""Bytes that a kernel may use for itself unless told; small, because on a Jetson they are the model's too."""
+_PROMPT_TOKENS = 16
+"""Of the prompt that prefill is tuned for."""
+
+Part = Literal["vision_encoder", "decoder", "mask_decoder"]
+PARTS: tuple[Part, ...] = ("vision_encoder", "decoder", "mask_decoder")
+Report = Callable[[str], None]
+Progress = Callable[[str, float], None]
+
+
+def build_engine(
+    folder: Path,
+    flavour: Flavour | None = None,
+    *,
+    workspace: int | None = None,
+    force: bool = False,
+    report: Report = lambda line: None,
+    on_progress: Progress = lambda part, progress: None,
+) -> Engine:
+    """Build plans for this machine and add them to the bundle; one that is there already is returned.
+
+    Args:
+        flavour: the first that is installed unless given: TensorRT, then TensorRT for RTX.
+        workspace: bytes that a kernel may use besides weights and activations; unless given 1 GiB, or
+            twice the largest activations where that is more.
+        force: build even if the bundle has such an engine.
+        report: gets a line a stage.
+        on_progress: gets the part's name and how much of it is done, from 0 to 1.
+
+    Raises:
+        BundleError: see `Bundle`.
+        MissingExtraError: no such TensorRT here.
+        DeviceError: no GPU, and this TensorRT needs one to build.
+        EngineMismatchError: the bundle has no graphs that this TensorRT takes.
+        ResourceError: the build does not fit in the memory that is free.
+        BuildError: the builder refused a graph, failed or was killed.
+        OutputError: the bundle cannot be written to.
+    """
+    folder = folder.resolve()
+    manifest = Bundle(folder, check_hashes=False, check_engines=False).manifest
+    try:
+        trt = load_flavour(flavour) if flavour else _first_flavour()
+    except MissingExtraError:
+        _check_that_it_is_for_gpus(manifest)  # or what is missing would have nothing to build
+        raise
+    capability, gpu = describe_gpu(trt)
+    with wait_for_folder(folder, lambda: report("waiting for another build of this bundle")):
+        bundle = Bundle(folder, check_engines=False)
+        existing = find_engine(bundle.manifest, trt, capability)
+        if existing and not force and _is_whole(folder, report):
+            report(f"the bundle has an engine for {describe(trt, capability)} already")
+            return existing
+        target = choose_target(bundle.manifest, trt)
+        workspace = workspace or _default_workspace(bundle.manifest)
+        check_build_memory(bundle.manifest, target, sum(available_memory()))
+        _check_that_it_will_run(bundle.manifest, trt, report)
+        engine = design_engine(bundle.manifest, trt, target, capability, gpu)
+        with engine_staging(folder) as staging:
+            _take_timing_cache(bundle, engine, staging)
+            for part in parts_of(engine):
+                report(f"building {part} for {describe(trt, capability)} from {target}'s graphs")
+                cost = run_order(part, make_order(bundle, engine, part, staging, workspace), on_progress)
+                report(
+                    f"built {part} in {cost.seconds:.0f} s, {cost.peak_memory / 1e9:.1f} GB of host memory at its peak"
+                )
+            engine = _name_files(engine, staging)
+            publish_engine(folder, bundle.manifest, staging, engine)
+    return engine
+
+
+def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: str, gpu: str) -> Engine:
+    """What is to be built from a target's graphs, its files not yet named after their content."""
+    masks = manifest.targets[target].mask_decoder
+    return Engine(
+        target=target,
+        flavour=trt.flavour,
+        version=trt.version,
+        compute_capability=capability,
+        gpu=gpu,
+        precision=manifest.targets[target].precision,
+        vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(manifest, target)),
+        decoder=Plan(file="decoder.plan", profiles=decoder_profiles(manifest, target)),
+        mask_decoder=Plan(file="mask_decoder.plan", profiles=(_profile(masks, {}),)) if masks else None,
+        timing_cache=None if trt.compiles_on_device else "engine.timing",
+    )
+
+
+def parts_of(engine: Engine) -> list[Part]:
+    """Which plans it has."""
+    return [part for part in PARTS if getattr(engine, part) is not None]
+
+
+def describe(trt: TensorRt, capability: str) -> str:
+    """Such as "TensorRT 10.3.0 on compute capability 8.7"."""
+    name = "TensorRT" if trt.flavour == "tensorrt" else "TensorRT for RTX"
+    return f"{name} {trt.version}" + ("" if capability == ANY_GPU else f" on compute capability {capability}")
+
+
+def probe_gpu() -> GpuInfo | PaliEdgeError:
+    """The GPU, or why there is none."""
+    try:
+        from paliedge.backends.cuda import gpu_info
+
+        return gpu_info()
+    except PaliEdgeError as error:
+        return error
+
+
+def describe_gpu(trt: TensorRt) -> tuple[str, str]:
+    """Compute capability and name of the GPU that plans will be good for.
+
+    Raises:
+        MissingExtraError, DeviceError: it needs a GPU, and there is none to ask.
+    """
+    if trt.compiles_on_device:
+        return ANY_GPU, "any"
+    gpu = probe_gpu()
+    if isinstance(gpu, PaliEdgeError):
+        raise gpu
+    return gpu.compute_capability, gpu.name
+
+
+def engine_for(manifest: Manifest, trt: TensorRt) -> Engine | None:
+    """The bundle's engine that this TensorRT can run on this machine's GPU."""
+    return find_engine(manifest, trt, describe_gpu(trt)[0])
+
+
+def find_engine(manifest: Manifest, trt: TensorRt, capability: str) -> Engine | None:
+    """The engine that was built for exactly this flavour, version and GPU."""
+    for engine in manifest.engines:
+        if (engine.flavour, engine.version, engine.compute_capability) == (trt.flavour, trt.version, capability):
+            return engine
+    return None
+
+
+def choose_target(manifest: Manifest, trt: TensorRt) -> str:
+    """The best of the bundle's targets that this TensorRT takes.
+
+    Raises:
+        EngineMismatchError: there is none.
+    """
+    for target in trt.targets:
+        if target in manifest.targets:
+            return target
+    raise EngineMismatchError(
+        expected=f"graphs for {describe(trt, ANY_GPU)}: target {' or '.join(trt.targets)}",
+        found=f"a bundle for {', '.join(manifest.targets)}",
+        action=f"Export it again: `paliedge export CHECKPOINT -o BUNDLE --target {trt.targets[0]}`.",
+    )
+
+
+def vision_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
+    """One picture at a time."""
+    return (_profile(manifest.targets[target].vision_encoder, {}),)
+
+
+def decoder_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
+    """Decode, then prefill.
+
+    Decode has room for a second token that it never gets: a profile of single points makes the
+    builder specialise the engine, with a second copy of all weights. "capacity" is dynamic where the
+    runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
+    """
+    limits, num_image_tokens = manifest.limits, manifest.model.vision.num_image_tokens
+    capacity = limits.capacity
+    decoder = manifest.targets[target].decoder
+    typical = min(num_image_tokens + _PROMPT_TOKENS, limits.prefix)
+    return (
+        _profile(decoder, {"sequence": (1, 1, 2), "capacity": (capacity,) * 3}),
+        _profile(decoder, {"sequence": (num_image_tokens + 1, typical, limits.prefix), "capacity": (1, 1, 1)}),
+    )
+
+
+def _profile(graph: Graph, sizes: dict[str, tuple[int, int, int]]) -> dict[str, Range]:
+    """Minimum, optimum and maximum of every input; `sizes` are those of named dimensions, batch is 1."""
+    sizes = {"batch": (1, 1, 1), **sizes}
+    return {
+        tensor.name: Range(
+            *(
+                tuple(sizes[size][place] if isinstance(size, str) else size for size in tensor.shape)
+                for place in range(3)
+            )
+        )
+        for tensor in graph.inputs
+    }
+
+
+def _first_flavour() -> TensorRt:
+    errors = []
+    for found in find_flavours():
+        if not isinstance(found, PaliEdgeError):
+            return found
+        errors.append(found)
+    raise MissingExtraError(
+        expected=" or ".join(error.expected for error in errors),
+        found="; ".join(error.found for error in errors),
+        action=f"{errors[0].action} For a desktop GPU: {errors[-1].action}",
+    )
+
+
+def _check_that_it_is_for_gpus(manifest: Manifest) -> None:
+    known = {name for names in TARGETS.values() for name in names}
+    if not known & set(manifest.targets):
+        raise EngineMismatchError(
+            expected=f"graphs for a target of TensorRT: {', '.join(sorted(known))}",
+            found=f"a bundle for {', '.join(manifest.targets)}",
+            action="Export it again: `paliedge export CHECKPOINT -o BUNDLE --target jetpack7`, or another of them.",
+        )
+
+
+def _is_whole(folder: Path, report: Report) -> bool:
+    """Whether the engines that the manifest names are there as they were built."""
+    try:
+        Bundle(folder)
+    except BundleError as error:
+        report(f"building again: {error.found}")
+        return False
+    return True
+
+
+def make_order(bundle: Bundle, engine: Engine, part: Part, staging: Path, workspace: int) -> BuildOrder:
+    """What the child process is told: to build one of the engine's plans into `staging`."""
+    graph: Graph = getattr(bundle.manifest.targets[engine.target], part)
+    plan: Plan = getattr(engine, part)
+    return BuildOrder(
+        flavour=engine.flavour,
+        onnx=str(bundle.path(graph.file)),
+        plan=str(staging / plan.file),
+        timing_cache=str(staging / engine.timing_cache) if engine.timing_cache else None,
+        profiles=plan.profiles,
+        workspace=workspace,
+        parent=os.getpid(),
+    )
+
+
+def run_order(part: Part, order: BuildOrder, on_progress: Progress) -> BuildCost:
+    """Build a plan in a child process, and end that process with this one.
+
+    Raises:
+        BuildError: the child said why it failed, or died.
+    """
+    command = [sys.executable, "-m", "paliedge.backends.trt.builder_process"]
+    last = BuildEvent(error="that it ended without a word")
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            with suppress(BrokenPipeError), child.stdin:  # one that died at once is explained below
+                child.stdin.write(msgspec.json.encode(order))
+            for line in child.stdout:
+                event = msgspec.json.decode(line, type=BuildEvent)
+                if event.progress is None:
+                    last = event
+                else:
+                    on_progress(part, event.progress)
+            code = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        errors.seek(0)
+        noise = errors.read().decode(errors="replace").strip().splitlines()
+    if code or last.cost is None:
+        raise _explain(part, code, last, noise)
+    return last.cost
+
+
+def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> BuildError:
+    if code == -signal.SIGKILL:
+        found = "that the system killed it, as it does when memory runs out"
+        action = "See `paliedge plan` for what a build needs; close other programs or add swap."
+    elif code < 0:
+        found = f"that it crashed with {signal.Signals(-code).name}" + (f": {noise[-1]}" if noise else "")
+        action = "Report this with `paliedge doctor --json`; meanwhile use `--backend cpu`."
+    else:
+        found = failure.error or ""
+        if failure.action is None and noise:
+            found = f"{found}: {noise[-1]}"
+        action = failure.action or "Report this with `paliedge doctor --json`."
+    return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
+
+
+def _default_workspace(manifest: Manifest) -> int:
+    """At 896 pixels one layer's scores alone take more than half a gigabyte, and a kernel may want them twice."""
+    largest = max(estimate_vision_workspace(manifest.model), estimate_decoder_workspace(manifest))
+    return max(SMALLEST_WORKSPACE, 2 * largest)
+
+
+def _check_that_it_will_run(manifest: Manifest, trt: TensorRt, report: Report) -> None:
+    """Nothing to say without a GPU: the engines are for another machine then, as portable ones may be."""
+    gpu = probe_gpu()
+    if isinstance(gpu, PaliEdgeError):
+        return
+    try:
+        check_run_memory(manifest, available_memory().available if gpu.integrated else gpu.free_memory)
+    except ResourceError as error:
+        if not trt.compiles_on_device:
+            raise
+        report(f"they will not run on this GPU: {error.expected}, {error.found}")
+
+
+def _take_timing_cache(bundle: Bundle, engine: Engine, staging: Path) -> None:
+    """Start from what an earlier build of this flavour measured; TensorRT looks whether it fits."""
+    for older in reversed(bundle.manifest.engines):
+        if engine.timing_cache and older.timing_cache and older.flavour == engine.flavour:
+            with suppress(OSError):  # it is only a help
+                shutil.copyfile(bundle.path(older.timing_cache), staging / engine.timing_cache)
+            return
+
+
+def _name_files(engine: Engine, staging: Path) -> Engine:
+    """Name each file after its part, what it is for, and its content: no two ever share a name."""
+    label = f"{engine.flavour}-{engine.version}-cc{engine.compute_capability}".replace("+", "-")
+
+    def rename(name: str) -> str:
+        digest = describe_file(staging / name).sha256[:12]
+        stem, suffix = name.split(".")
+        named = f"{stem}.{label}.{digest}.{suffix}"
+        (staging / name).rename(staging / named)
+        return named
+
+    has_timing = engine.timing_cache and (staging / engine.timing_cache).is_file()
+    plans: dict[str, Plan] = {part: getattr(engine, part) for part in parts_of(engine)}
+    return msgspec.structs.replace(
+        engine,
+        **{part: msgspec.structs.replace(plan, file=rename(plan.file)) for part, plan in plans.items()},
+        timing_cache=rename(engine.timing_cache) if engine.timing_cache and has_timing else None,
+    )

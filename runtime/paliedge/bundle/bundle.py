@@ -1,0 +1,216 @@
+"""The bundle: a folder that is all exporter and runtime share, described by `bundle.json`.
+
+The manifest is decoded strictly, every file in it is a plain name inside the folder, sizes are
+checked at each load and sha256 on the first one. Knows nothing of sessions, images or prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from paliedge.bundle.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, File, Manifest, Target, manifest_digest
+from paliedge.errors import BundleError, EngineMismatchError
+
+
+class Bundle:
+    """A bundle on disk whose manifest is valid and whose files have the recorded sizes.
+
+    Raises:
+        BundleError: no bundle at `folder`, a manifest that is not valid, a file that is missing,
+            of another size, no regular file, or (with `check_hashes`) of another digest. Engines can be
+            built again: without `check_engines` their files are not looked at.
+    """
+
+    def __init__(self, folder: Path, *, check_hashes: bool = True, check_engines: bool = True) -> None:
+        self.folder = folder
+        self._verified: dict[str, str] = {}
+        self.manifest = _read_manifest(folder)
+        self._engine_files = {name for engine in self.manifest.engines for name in engine.files}
+        self._files = {
+            name: file for name, file in self.manifest.files.items() if check_engines or name not in self._engine_files
+        }
+        self._check_files(check_hashes)
+
+    def path(self, name: str) -> Path:
+        """Path of a file that the manifest lists."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                expected="a file that the manifest lists", found=f"'{name}'", action="Export the bundle again."
+            )
+        return self.folder / name
+
+    def target(self, name: str) -> Target:
+        """The lowering `name`, or an error that lists those the bundle has."""
+        try:
+            return self.manifest.targets[name]
+        except KeyError:
+            raise EngineMismatchError(
+                expected=f"graphs for the target '{name}' in {self.folder}",
+                found=f"only {', '.join(sorted(self.manifest.targets))}",
+                action=f"Export the checkpoint again with --target {name}.",
+            ) from None
+
+    def _check_files(self, check_hashes: bool) -> None:
+        manifest = self.manifest
+        optional = (
+            *(manifest.golden, manifest.calibration, manifest.precision_report),
+            manifest.embedding.row_scales,
+        )
+        named = {manifest.tokenizer, manifest.embedding.file, *filter(None, optional)}
+        for target in manifest.targets.values():
+            graphs = (target.vision_encoder, target.decoder, target.prefill, target.mask_decoder)
+            for graph in filter(None, graphs):
+                named |= {graph.file, *graph.weights}
+        for engine in manifest.engines:
+            named |= set(engine.files)
+        if named - set(manifest.files):
+            raise _damaged(self.folder, f"no size and digest for {', '.join(sorted(named - set(manifest.files)))}")
+        for name, recorded in self._files.items():
+            path = self.folder / name
+            try:
+                status = path.lstat()
+            except OSError:
+                raise self._damaged(name, f"no file '{name}'") from None
+            if not stat.S_ISREG(status.st_mode):
+                raise self._damaged(name, f"'{name}' is no regular file")
+            if status.st_size != recorded.size:
+                raise self._damaged(name, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
+        self._check_numbers()
+        if check_hashes:
+            self.verify_hashes(trust_notes=True)
+
+    def _check_numbers(self) -> None:
+        """Numbers of the manifest that must fit one another."""
+        manifest = self.manifest
+        embedding, hidden_size, tokens = manifest.embedding, manifest.model.text.hidden_size, manifest.tokens
+        num_bytes = embedding.rows * hidden_size * ITEMSIZE[embedding.dtype]
+        if num_bytes > manifest.files[embedding.file].size:
+            raise _damaged(self.folder, f"'{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
+        if (embedding.row_scales is not None) != (embedding.dtype in ("int8", "uint8")):
+            raise _damaged(self.folder, f"an embedding table of {embedding.dtype} and scales that do not go with it")
+        if embedding.row_scales and embedding.rows * 4 > manifest.files[embedding.row_scales].size:
+            raise _damaged(self.folder, f"'{embedding.row_scales}' too small for {embedding.rows} rows")
+        used = (
+            tokens.vocab_size - 1,
+            tokens.bos,
+            tokens.eos,
+            tokens.newline,
+            tokens.first_location + tokens.num_locations - 1,
+            tokens.first_segmentation + tokens.num_segmentations - 1,
+        )
+        if max(used) >= embedding.rows:
+            raise _damaged(self.folder, f"token id {max(used)} without a row in a table of {embedding.rows}")
+        if manifest.limits.prefix <= manifest.model.vision.num_image_tokens:
+            raise _damaged(self.folder, f"a prefix limit of {manifest.limits.prefix}, which leaves no prompt")
+
+    def _damaged(self, name: str, found: str) -> BundleError:
+        if name not in self._engine_files:
+            return _damaged(self.folder, found)
+        return BundleError(
+            expected=f"the engines of {self.folder} as they were built",
+            found=found,
+            action=f"Build them again: `paliedge build {self.folder} --force`; nothing was loaded.",
+        )
+
+    def verify_hashes(self, *, trust_notes: bool = False) -> None:
+        """Compare every file's sha256 with the manifest's.
+
+        What passed is noted here and in the user's cache folder. With `trust_notes`, such a file is not
+        read again while its path, size, inode and modification time stay the same.
+        """
+        known = _read_known_digests() | self._verified
+        fresh = dict(known)
+        for name, recorded in self._files.items():
+            path = self.folder / name
+            try:
+                key = _digest_key(path)
+                digest = (trust_notes and known.get(key)) or sha256_from_file(path)
+            except OSError:
+                raise self._damaged(name, f"no file '{name}' that can be read") from None
+            if digest != recorded.sha256:
+                raise self._damaged(name, f"'{name}' with other content than was exported (sha256 {digest[:12]}...)")
+            fresh[key] = digest
+        self._verified = fresh
+        if fresh != known:
+            _write_known_digests(fresh)
+
+
+def sha256_from_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_file(path: Path) -> File:
+    """Size and digest of a file, for the manifest."""
+    return File(size=path.stat().st_size, sha256=sha256_from_file(path))
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _damaged(folder, f"'{MANIFEST}' is no regular file")
+        content = path.read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        raise BundleError(
+            expected=f"a bundle at {folder}",
+            found="no bundle.json there",
+            action="Make one with `paliedge export CHECKPOINT -o BUNDLE`, or correct the path.",
+        ) from None
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+        raise BundleError(
+            expected=f"{path} in format {FORMAT_VERSION}",
+            found=f"{error}",
+            action="Export the checkpoint again with this version of paliedge.",
+        ) from None
+    if manifest.sha256 != manifest_digest(manifest):
+        raise _damaged(folder, f"'{MANIFEST}' with other content than was exported")
+    return manifest
+
+
+def _damaged(folder: Path, found: str) -> BundleError:
+    return BundleError(
+        expected=f"the bundle {folder} as it was exported",
+        found=found,
+        action="Copy or export the bundle again; nothing of it was loaded.",
+    )
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "paliedge" / "verified.json"
+
+
+def _digest_key(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+def _read_known_digests() -> dict[str, str]:
+    try:
+        return msgspec.json.decode(_cache_file().read_bytes(), type=dict[str, str])
+    except (OSError, RuntimeError, UnicodeDecodeError, msgspec.DecodeError):
+        return {}
+
+
+def _write_known_digests(digests: dict[str, str]) -> None:
+    """Best effort: without a writable cache the next start reads the files again."""
+    try:
+        target = _cache_file()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        partial.write_bytes(msgspec.json.encode(digests))
+        partial.replace(target)
+    except (OSError, RuntimeError):
+        pass

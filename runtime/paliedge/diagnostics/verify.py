@@ -1,0 +1,94 @@
+"""Check this machine's answers against those that the exporting machine stored in the bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from paliedge.bundle.bundle import Bundle
+from paliedge.errors import BundleError
+from paliedge.model import PaliGemma
+from paliedge.results.generation import Generation
+
+_TIE = 0.05
+"""Nats: a first different token whose score is this near the golden's is a tie that rounding decided. Where
+the export itself was further off than that, twice as much as it was."""
+
+
+class GoldenReport(NamedTuple):
+    """How many answers were compared, how many were equal, how many left at a tie."""
+
+    num_answers: int
+    num_equal: int
+    num_ties: int
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Every prompt on every image, and the exporting machine's answers.
+
+    Attributes:
+        images: [I, H, W, 3] uint8.
+        prompts: P of them.
+        token_ids: [I, P, T], filled up with end-of-sequence.
+        log_probs: [I, P, T] float32.
+    """
+
+    images: npt.NDArray[np.uint8]
+    prompts: list[str]
+    token_ids: npt.NDArray[np.int64]
+    log_probs: npt.NDArray[np.float32]
+
+
+def load_golden(bundle: Bundle) -> Golden | None:
+    """The bundle's golden answers; None for a bundle without any."""
+    if bundle.manifest.golden is None:
+        return None
+    with np.load(bundle.path(bundle.manifest.golden), allow_pickle=False) as file:
+        return Golden(file["images"], file["prompts"].tolist(), file["token_ids"], file["log_probs"])
+
+
+def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> GoldenReport | None:
+    """Answer the bundle's golden prompts; None for a bundle without any.
+
+    Raises:
+        BundleError: an answer differs by more than a tie, and `strict` wants to know.
+    """
+    golden = load_golden(bundle)
+    if golden is None:
+        return None
+    num_answers = num_equal = num_ties = 0
+    eos = bundle.manifest.tokens.eos
+    tie = max([_TIE, *(2 * found.log_prob_error for found in bundle.manifest.comparisons.values())])
+    for image_index, image in enumerate(golden.images):
+        encoded = model.encode(image)
+        for prompt_index, prompt in enumerate(golden.prompts):
+            expected = golden.token_ids[image_index, prompt_index].tolist()
+            scores = golden.log_probs[image_index, prompt_index].tolist()
+            answer = model.generate(encoded, prompt, max_new_tokens=len(expected), free=True)
+            num_answers += 1
+            if _until(eos, expected) == list(answer.token_ids):
+                num_equal += 1
+            elif _is_tie(expected, scores, answer, eos, tie):
+                num_ties += 1
+            elif strict:
+                raise BundleError(
+                    expected=f"the answer to '{prompt}' that was exported with the bundle",
+                    found=f"tokens {list(answer.token_ids)} instead of {_until(eos, expected)}",
+                    action="Report this with `paliedge doctor --json` and `paliedge info`.",
+                )
+    return GoldenReport(num_answers, num_equal, num_ties)
+
+
+def _until(eos: int, tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+
+
+def _is_tie(expected: list[int], scores: list[float], answer: Generation, eos: int, tie: float) -> bool:
+    """Whether the first different token scored as much as the golden one; an early end scores nothing."""
+    pairs = zip(_until(eos, expected), answer.token_ids, strict=False)
+    first = next((place for place, (wanted, found) in enumerate(pairs) if wanted != found), None)
+    return first is not None and abs(answer.log_probs[first] - scores[first]) <= tie
