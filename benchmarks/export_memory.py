@@ -57,7 +57,8 @@ def measure_export(checkpoint: Path, output: Path, precision: str, calibrate: Pa
 
 
 def _run_child(checkpoint: Path, output: str, precision: str, calibrate: Path | None) -> None:
-    from paliedge_export.exporter import Quantization, export_bundle
+    from paliedge_export.exporter import export_bundle
+    from paliedge_export.options import Quantization
     from paliedge_export.weights.files import DTYPES
 
     chosen = next(name for name in DTYPES if name == precision)

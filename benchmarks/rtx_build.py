@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
-from paliedge.backends.trt.build import SMALLEST_WORKSPACE, Part, design_engine, make_order, run_order
+from paliedge.backends.trt.build import SMALLEST_WORKSPACE, make_order, run_order
 from paliedge.backends.trt.flavours import ANY_GPU, load_flavour
+from paliedge.backends.trt.match import Part
+from paliedge.backends.trt.profiles import design_engine
 from paliedge.bundle.bundle import Bundle
 
 TARGETS = ("jetpack6", "jetpack7")

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import write_manifest
 
 

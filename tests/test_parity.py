@@ -25,7 +25,7 @@ from paliedge.bundle.bundle import Bundle
 from paliedge.generation.embedding import EmbeddingTable
 from paliedge.inputs.images import load_image
 from paliedge.inputs.preprocess import Preprocessor
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.exporter import export_bundle
 from paliedge_export.gate.reference import reference_logits
 from paliedge_export.targets import TARGETS

@@ -26,7 +26,8 @@ from paliedge import PaliGemma
 from paliedge.backends.select import BackendOptions
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import MANIFEST, Manifest
-from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.exporter import export_bundle
+from paliedge_export.options import Quantization
 from paliedge_export.targets import TARGETS
 from paliedge_export.weights.files import QUANTIZED
 

@@ -180,7 +180,8 @@ def export(
         import msgspec
 
         from paliedge.bundle.manifest import Limits
-        from paliedge_export.exporter import Quantization, export_bundle
+        from paliedge_export.exporter import export_bundle
+        from paliedge_export.options import Quantization
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             expected="the packages of the extra 'export'",

@@ -13,39 +13,40 @@ from pathlib import Path
 
 import msgspec
 
-from paliedge.bundle.bundle import describe_file
+from paliedge.bundle.digests import describe_file
+from paliedge.bundle.golden import GOLDEN, write_golden
 from paliedge.bundle.manifest import Limits, Manifest, Precision, write_manifest
+from paliedge.bundle.precision_report import PRECISION_REPORT, PrecisionReport, TargetReport, write_precision_report
 from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import UsageError
 from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
 from paliedge_export.checkpoint.lora import Adapted
 from paliedge_export.checkpoint.metadata import read_tokens
-from paliedge_export.checkpoint.opening import check_precision, check_rows, folders_of, open_checkpoint, preprocess_of
+from paliedge_export.checkpoint.opening import check_rows, folders_of, open_checkpoint, preprocess_of
 from paliedge_export.checkpoint.prompts import choose_prompts
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.gate.bfloat16 import emulated
-from paliedge_export.gate.compare import (
-    MAX_IMAGES,
-    Answers,
-    Runner,
-    TargetReport,
-    check,
-    collect_statistics,
-    compare,
-    find_obstacle,
-    find_wrong_sums,
-    ignore_outputs,
-)
-from paliedge_export.gate.golden import GOLDEN, write_golden
+from paliedge_export.gate.compare import MAX_IMAGES, check, compare, find_obstacle, find_wrong_sums
+from paliedge_export.gate.golden import golden_from_answers
 from paliedge_export.gate.reference import Reference
-from paliedge_export.gate.sensitivity import NUM_SAMPLES, LayerError, Trial, keep_worst, rank_layers
+from paliedge_export.gate.runner import Answers, Runner, collect_statistics, ignore_outputs
+from paliedge_export.gate.sensitivity import NUM_SAMPLES, Trial, keep_worst, rank_layers
 from paliedge_export.graphs.mask_decoder import find_mask_decoder, load_mask_decoder
+from paliedge_export.options import (
+    DEFAULT_LIMITS,
+    DEFAULT_QUANTIZATION,
+    Quantization,
+    check_precision,
+    check_quantization,
+    find_samples,
+    statistics_file,
+)
 from paliedge_export.targets import TARGETS
 from paliedge_export.weights.activations import STATISTICS, Statistics, load_statistics
 from paliedge_export.weights.files import QUANTIZED, Encoding, Tensors, quantized_bits
 from paliedge_export.weights.head_vocabulary import choose_head_vocabulary
 from paliedge_export.weights.linears import Linear, linears
-from paliedge_export.weights.samples import CALIBRATE, FOLDER, Sample, SampleFolder, open_samples
+from paliedge_export.weights.samples import CALIBRATE, Sample, SampleFolder
 from paliedge_export.weights.smoothing import smooth, unsmoothed
 from paliedge_export.writer import (
     Source,
@@ -56,54 +57,12 @@ from paliedge_export.writer import (
     write_target,
 )
 
-DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
-"""Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
-REPORT = "precision_report.json"
 _FP32_GRAPHS, _THESE_GRAPHS = "its fp32 graphs", "these graphs"
 STAND_IN = "jetpack6"
 """Of the targets whose integers are laid out for TensorRT, the one that every ONNX Runtime runs."""
 _ENOUGH_TO_CALIBRATE = 32
 
 Report = Callable[[str], None]
-
-
-class PrecisionReport(msgspec.Struct):
-    """What the bundle keeps of its export's measurements.
-
-    Attributes:
-        targets: those that were compared.
-        calibrated_with: source of the statistics, "" without any.
-        strengths: how strongly each linear layer's input was smoothed, 0 to 1.
-        sensitivity: the linear layers by the error that each causes, the worst first, if that was asked.
-    """
-
-    targets: dict[str, TargetReport]
-    calibrated_with: str = ""
-    strengths: dict[str, float] = {}
-    sensitivity: list[LayerError] = []
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a quantised bundle is made.
-
-    Attributes:
-        calibrate: a folder of images, with JSONL files of prompts if there are any, or a bundle (or its
-            calibration.safetensors) whose statistics are taken again. Without it the checkpoint's own folder
-            `calibration`, if it has one. Other precisions are compared on these samples.
-        sensitivity: rank the layers, and keep the worst in 16 bits while the weights of the linear layers
-            grow by no more than this share; None leaves it out.
-        head_vocabulary: "detect" or a file of labels: the head keeps only what such answers need.
-        fast_prefill: of int4 for `cpu`: a second graph with 8-bit weights for the prefix, which ONNX Runtime
-            multiplies at twice the rate; the bundle and its memory are about twice as large.
-        smooth: scale activations into the weights.
-    """
-
-    calibrate: Path | None = None
-    sensitivity: float | None = None
-    head_vocabulary: str | None = None
-    fast_prefill: bool = False
-    smooth: bool = True
 
 
 def export_bundle(
@@ -113,7 +72,7 @@ def export_bundle(
     targets: Sequence[str] = ("cpu",),
     precision: Precision | None = None,
     limits: Limits = DEFAULT_LIMITS,
-    quantization: Quantization = Quantization(),
+    quantization: Quantization = DEFAULT_QUANTIZATION,
     mask_decoder: Path | None = None,
     lora: Path | None = None,
     prompts: str | None = None,
@@ -145,10 +104,10 @@ def export_bundle(
     folder, config = tensors.folder, tensors.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
     check_precision(config, targets, chosen)
-    _check_quantization(chosen, targets, quantization)
+    check_quantization(chosen, targets, quantization)
     tokens = read_tokens(folder)
     check_rows(tensors, tokens)
-    samples = _find_samples(folders_of(tensors), quantization)
+    samples = find_samples(folders_of(tensors), quantization)
     vocabulary = None
     if quantization.head_vocabulary:
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
@@ -172,45 +131,6 @@ def export_bundle(
         return job.run(samples, compare=compare)
 
 
-def _check_quantization(precision: Precision, targets: Sequence[str], quantization: Quantization) -> None:
-    """Raise a UsageError for what only a quantised bundle can be asked."""
-    if quantization.fast_prefill and (precision != "int4" or "cpu" not in targets):
-        raise UsageError(
-            expected="int4 for the target 'cpu', whose 4-bit products are slow for many tokens at once",
-            found=f"--fast-prefill with {precision} for {', '.join(targets)}",
-            action="Add --precision int4 --target cpu, or leave out --fast-prefill.",
-        )
-    if quantization.sensitivity is not None and precision not in QUANTIZED:
-        raise UsageError(
-            expected="int8 or int4, whose layers can be ranked by their error",
-            found=precision,
-            action="Add --precision int8 or int4, or leave out --sensitivity.",
-        )
-    if precision not in QUANTIZED and _statistics_file(quantization):
-        raise UsageError(
-            expected=f"a folder of images for --calibrate with {precision}, which needs no statistics",
-            found=f"{quantization.calibrate}",
-            action="Name a folder of images, add --precision int8 or int4, or leave it out.",
-        )
-
-
-def _statistics_file(quantization: Quantization) -> Path | None:
-    """The statistics that `calibrate` names: the file itself, or a bundle's."""
-    path = quantization.calibrate
-    if path is None:
-        return None
-    if path.suffix == Path(STATISTICS).suffix:
-        return path
-    return path / STATISTICS if (path / STATISTICS).is_file() else None
-
-
-def _find_samples(folders: Sequence[Path], quantization: Quantization) -> SampleFolder | None:
-    if quantization.calibrate is not None and _statistics_file(quantization) is None:
-        return open_samples(quantization.calibrate)
-    found = (folder / FOLDER for folder in folders if (folder / FOLDER).is_dir())
-    return next(map(open_samples, found), None)
-
-
 def _calibrating(samples: Sequence[Sample]) -> Sequence[Sample]:
     """Those that calibrate and do not judge; none where too few would be left, and then all do both."""
     apart = samples[:-MAX_IMAGES]
@@ -232,7 +152,7 @@ class _Job:
     def run(self, folder: SampleFolder | None, *, compare: bool) -> Manifest:
         """Calibrate if the precision asks for it, write, compare if that is wanted; returns what was written."""
         quantized = self.precision in QUANTIZED
-        known = _statistics_file(self.quantization) if quantized else None
+        known = statistics_file(self.quantization) if quantized else None
         if quantized and not folder and not known:
             raise UsageError(
                 expected=f"images to calibrate {self.precision} with",
@@ -386,7 +306,7 @@ class _Job:
             golden = Runner(self.staging, first).answer(self.source.golden_samples, _THESE_GRAPHS)
         if golden:
             prompts = self.source.golden_samples[0].prompts
-            write_golden(self.staging / GOLDEN, prompts, golden, self.source.tokens.eos)
+            write_golden(self.staging / GOLDEN, golden_from_answers(prompts, golden, self.source.tokens.eos))
         changed = msgspec.structs.replace(
             manifest,
             comparisons={name: one.comparison for name, one in report.targets.items()},
@@ -432,5 +352,5 @@ class _Job:
             write_manifest(self.staging, manifest)
 
     def _add_report(self, manifest: Manifest, report: PrecisionReport) -> Manifest:
-        (self.staging / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-        return add_files(self.staging, msgspec.structs.replace(manifest, precision_report=REPORT))
+        write_precision_report(self.staging / PRECISION_REPORT, report)
+        return add_files(self.staging, msgspec.structs.replace(manifest, precision_report=PRECISION_REPORT))

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from paliedge import __version__
-from paliedge.bundle.bundle import describe_file
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import (
     MANIFEST,
     Embedding,
@@ -30,10 +30,9 @@ from paliedge.bundle.manifest import (
     Vision,
     write_manifest,
 )
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.config import ModelConfig
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, Array
-from paliedge_export.gate.golden import PROMPTS
 from paliedge_export.graphs.builder import GraphBuilder
 from paliedge_export.graphs.decoder import add_decoder, add_prefill
 from paliedge_export.graphs.mask_decoder import CODEBOOK, add_mask_decoder, write_mask_weights
@@ -49,7 +48,7 @@ from paliedge_export.weights.files import (
     write_weights,
 )
 from paliedge_export.weights.head_vocabulary import HeadVocabulary
-from paliedge_export.weights.samples import Sample, builtin_samples
+from paliedge_export.weights.samples import PROMPTS, Sample, builtin_samples
 
 _TOKENIZER = "tokenizer.json"
 

@@ -25,7 +25,6 @@ from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.prompt import (
     CaptionStyle,
     Prompt,
-    PromptTokenizer,
     answer_prompt,
     box_prompt,
     caption_prompt,
@@ -34,6 +33,7 @@ from paliedge.inputs.prompt import (
     ocr_prompt,
     question_prompt,
 )
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.results.generation import Generation
 
 SHIPPED_BUNDLE = Path(__file__).parent / "shapes"

@@ -19,8 +19,9 @@ import msgspec
 import pytest
 
 from paliedge import PaliGemma
-from paliedge.bundle import bundle, publish
-from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle import bundle, digests, publish
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import MANIFEST, Manifest, write_manifest
 from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import BundleError, EngineMismatchError, UsageError
@@ -361,7 +362,7 @@ def test_only_files_of_the_manifest_have_a_path(exported: Path) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files whose content was read."""
     names: list[str] = []
-    original = bundle.sha256_from_file
+    original = digests.sha256_from_file
 
     def spy(path: Path) -> str:
         names.append(path.name)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from paliedge.backends.trt.build import PARTS
+from paliedge.backends.trt.match import PARTS
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import MANIFEST
 from paliedge.cli import main

@@ -50,7 +50,8 @@ def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
 
 def test_verify_finds_a_machine_that_computes_something_else(tmp_path: Path) -> None:
     """Goldens that the graphs do not give stand for a machine whose arithmetic is wrong."""
-    from paliedge.bundle.bundle import Bundle, describe_file
+    from paliedge.bundle.bundle import Bundle
+    from paliedge.bundle.digests import describe_file
     from paliedge.bundle.manifest import write_manifest
 
     bundle = tmp_path / "bundle"

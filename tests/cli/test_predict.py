@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import DeviceError
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.model import PaliGemma
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
@@ -208,7 +208,7 @@ def test_several_pictures_show_progress_on_a_terminal(tmp_path: Path, monkeypatc
     for name in ("one.png", "two.png"):
         (tmp_path / name).write_bytes(SCENE.read_bytes())
     assert "[2/2]" not in run("ocr", tmp_path).stderr
-    monkeypatch.setattr("paliedge.cli.predict._is_terminal", lambda: True)
+    monkeypatch.setattr("paliedge.cli.run.is_terminal", lambda: True)
     result = run("ocr", tmp_path)
     assert f"[2/2] {tmp_path / 'two.png'}" in result.stderr
     assert "[2/2]" not in result.stdout

@@ -20,6 +20,7 @@ from PIL import Image
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge.cli import main
 from paliedge.inputs import sources
+from paliedge.inputs.live import FrameThunk
 from paliedge.inputs.video import read_video
 from paliedge.model import PaliGemma
 from tests.inputs.test_video import write_video
@@ -135,7 +136,7 @@ def test_a_picture_comes_on_standard_input(tmp_path: Path) -> None:
 def camera(monkeypatch: pytest.MonkeyPatch) -> None:
     """A live source that is much faster than the model, without end."""
 
-    def read(*arguments: object) -> Generator[sources.Shot, None, None]:
+    def read(*arguments: object) -> Generator[FrameThunk, None, None]:
         for number in range(10**6):
             yield partial(SCENES.__getitem__, number % 5)
             time.sleep(0.001)
@@ -185,7 +186,7 @@ def test_the_newest_frames_wait_for_the_model_as_many_as_the_buffer_holds(
     is_asked, is_given = threading.Event(), threading.Event()
     encode = PaliGemma.encode
 
-    def read(*arguments: object) -> Generator[sources.Shot, None, None]:
+    def read(*arguments: object) -> Generator[FrameThunk, None, None]:
         for number in range(9):
             yield partial(SCENES.__getitem__, number % 5)
             assert is_asked.wait(20)

@@ -20,7 +20,8 @@ from paliedge.backends.ort import OrtCache, OrtSession
 from paliedge.backends.select import BackendOptions
 from paliedge.backends.session import FloatArray, IdRange, Step
 from paliedge.backends.trt import build
-from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import write_manifest
 from paliedge.diagnostics import selfcheck
 from paliedge.diagnostics.selfcheck import RunReport, check_run

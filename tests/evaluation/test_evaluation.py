@@ -16,12 +16,13 @@ from paliedge import Detection, EncodedImage, Generation, Mask, Timings
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Engine, Manifest, Plan, Prompts
 from paliedge.errors import ImageError, MissingExtraError, PaliEdgeError, UsageError
-from paliedge.evaluation import metrics, require_packages
+from paliedge.evaluation import metrics
 from paliedge.evaluation.cases import Case, Outcome, Shape
 from paliedge.evaluation.datasets import CocoDataset, open_coco, open_texts
 from paliedge.evaluation.detection import Question, check_masks, evaluate_detection
 from paliedge.evaluation.pictures import draw_worst
 from paliedge.evaluation.report import Report, save_report
+from paliedge.evaluation.tasks import require_packages
 from paliedge.evaluation.texts import evaluate_texts, score_texts
 from paliedge.inputs.prompt import BoxTask, Prompt
 from paliedge.model import SHIPPED_BUNDLE

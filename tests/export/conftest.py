@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from paliedge_export.checkpoint.config import read_config
-from paliedge_export.exporter import Quantization, export_bundle
-from paliedge_export.gate.compare import Runner, collect_statistics
+from paliedge_export.exporter import export_bundle
+from paliedge_export.gate.runner import Runner, collect_statistics
+from paliedge_export.options import Quantization
 from paliedge_export.weights.activations import Statistics
 from paliedge_export.weights.files import QUANTIZED
 from paliedge_export.weights.linears import linears

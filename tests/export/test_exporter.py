@@ -23,10 +23,9 @@ from paliedge_export.checkpoint import opening
 from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.checkpoint.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
-from paliedge_export.gate import compare, reference
-from paliedge_export.gate.golden import PROMPTS
+from paliedge_export.gate import compare, reference, runner
 from paliedge_export.weights import files
-from paliedge_export.weights.samples import Sample
+from paliedge_export.weights.samples import PROMPTS, Sample
 from tests.export.conftest import Tiny
 
 Content = dict[str, bytes]
@@ -77,7 +76,7 @@ def test_fp32_is_compared_with_transformers(tiny: Tiny, tmp_path: Path) -> None:
     with np.load(tmp_path / "bundle" / manifest.golden) as golden:
         shape = golden["token_ids"].shape
         assert shape[:2] == (len(golden["images"]), len(PROMPTS))
-        assert 1 < shape[2] <= compare.MAX_NEW_TOKENS
+        assert 1 < shape[2] <= runner.MAX_NEW_TOKENS
         assert len(np.unique(golden["token_ids"].reshape(-1, shape[2]), axis=0)) > 1
 
 
@@ -134,7 +133,7 @@ def test_answers_that_are_no_numbers_are_not_published(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class ReferenceOfNan(reference.Reference):
-        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> compare.Answers:
+        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> runner.Answers:
             found = super().answer(samples, kept_tokens)
             for row in found.answers:
                 row[:] = [dataclasses.replace(one, log_probs=[math.nan] * len(one.tokens)) for one in row]

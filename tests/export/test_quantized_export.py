@@ -19,8 +19,9 @@ from paliedge.bundle.manifest import Limits, Manifest, Precision
 from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import PrecisionError, UsageError
 from paliedge_export.checkpoint.config import read_config
-from paliedge_export.exporter import Quantization, export_bundle
-from paliedge_export.gate.compare import Runner
+from paliedge_export.exporter import export_bundle
+from paliedge_export.gate.runner import Runner
+from paliedge_export.options import Quantization
 from paliedge_export.weights import files
 from paliedge_export.weights.activations import load_statistics
 from paliedge_export.weights.linears import linears

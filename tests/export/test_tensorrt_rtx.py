@@ -15,13 +15,17 @@ import pytest
 import torch
 
 from paliedge.backends.trt import build as building
+from paliedge.backends.trt import profiles
 from paliedge.backends.trt.build import build_engine
 from paliedge.backends.trt.flavours import ANY_GPU, load_flavour
+from paliedge.backends.trt.match import PARTS, parts_of
+from paliedge.backends.trt.profiles import design_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Engine, Range
 from paliedge.errors import BuildError
 from paliedge_export.checkpoint.config import read_config
-from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.exporter import export_bundle
+from paliedge_export.options import Quantization
 from paliedge_export.weights.activations import Statistics
 from paliedge_export.weights.files import QUANTIZED
 from paliedge_export.weights.linears import linears
@@ -77,8 +81,8 @@ def test_a_mask_decoder_of_the_published_size_is_built(tiny: Tiny, tmp_path: Pat
     )
     bundle = Bundle(tmp_path / "bundle")
     trt = load_flavour("rtx")
-    engine = building.design_engine(bundle.manifest, trt, "jetpack6", ANY_GPU, "any")
-    assert building.parts_of(engine) == list(building.PARTS)
+    engine = design_engine(bundle.manifest, trt, "jetpack6", ANY_GPU, "any")
+    assert parts_of(engine) == list(PARTS)
     building.run_order(
         "mask_decoder",
         building.make_order(bundle, engine, "mask_decoder", tmp_path, building.SMALLEST_WORKSPACE),
@@ -146,13 +150,13 @@ def test_a_decode_profile_of_single_points_would_double_them(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why decode's profile has room for a second token; and the test above can fail."""
-    honest = building.decoder_profiles
+    honest = profiles.decoder_profiles
 
     def with_single_points(*arguments: object) -> tuple[dict[str, Range], ...]:
         decode, prefill = honest(*arguments)  # type: ignore[arg-type]
         return {name: Range(shapes.min, shapes.min, shapes.min) for name, shapes in decode.items()}, prefill
 
-    monkeypatch.setattr(building, "decoder_profiles", with_single_points)
+    monkeypatch.setattr(profiles, "decoder_profiles", with_single_points)
     bundle, engine = build(wide, tmp_path / "bundle", "jetpack7", "fp16")
     files = bundle.manifest.files
     weights = sum(files[name].size for name in bundle.manifest.targets["jetpack7"].decoder.weights)

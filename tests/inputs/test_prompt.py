@@ -12,15 +12,8 @@ from transformers import AutoTokenizer
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
 from paliedge.bundle.manifest import Prompts, Tokens
 from paliedge.errors import BundleError, UsageError
-from paliedge.inputs.prompt import (
-    MAX_PROMPT_CHARACTERS,
-    Prompt,
-    PromptTokenizer,
-    answer_prompt,
-    caption_prompt,
-    ocr_prompt,
-    question_prompt,
-)
+from paliedge.inputs.prompt import Prompt, answer_prompt, caption_prompt, ocr_prompt, question_prompt
+from paliedge.inputs.tokenizer import MAX_PROMPT_CHARACTERS, PromptTokenizer
 
 
 @pytest.fixture(scope="module")

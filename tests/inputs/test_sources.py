@@ -19,7 +19,8 @@ from PIL import Image
 from paliedge.errors import ImageError, MissingExtraError, PaliEdgeError, UsageError
 from paliedge.inputs import sources
 from paliedge.inputs.camera import read_csi
-from paliedge.inputs.sources import Item, Live, LiveFrames, Shot, find_files, open_source
+from paliedge.inputs.live import FrameThunk, LiveFrames
+from paliedge.inputs.sources import Item, Live, find_files, open_source
 from paliedge.inputs.video import FrameOptions, lost
 from tests.inputs.test_video import number_of, picture, write_video
 
@@ -130,7 +131,7 @@ def test_live_sources_are_named_without_secrets(
 ) -> None:
     opened: list[object] = []
 
-    def read(*arguments: object) -> Generator[Shot, None, None]:
+    def read(*arguments: object) -> Generator[FrameThunk, None, None]:
         opened.extend(arguments)
         yield partial(picture, 3)
 
@@ -150,12 +151,12 @@ def test_the_stem_of_a_live_source_keeps_its_dots() -> None:
 class FakeSource:
     """A live source: each connection does what its script says, the last one again and again."""
 
-    def __init__(self, *scripts: Callable[[], Iterator[Shot]]) -> None:
+    def __init__(self, *scripts: Callable[[], Iterator[FrameThunk]]) -> None:
         self.scripts = scripts
         self.num_connections = 0
         self.num_closed = 0
 
-    def __call__(self) -> Generator[Shot, None, None]:
+    def __call__(self) -> Generator[FrameThunk, None, None]:
         script = self.scripts[min(self.num_connections, len(self.scripts) - 1)]
         self.num_connections += 1
         try:
@@ -164,16 +165,16 @@ class FakeSource:
             self.num_closed += 1
 
 
-def fail() -> Iterator[Shot]:
+def fail() -> Iterator[FrameThunk]:
     raise lost("connection refused")
     yield
 
 
-def frames_of(*numbers: int) -> Callable[[], Iterator[Shot]]:
+def frames_of(*numbers: int) -> Callable[[], Iterator[FrameThunk]]:
     return lambda: (partial(picture, number) for number in numbers)
 
 
-def endless() -> Iterator[Shot]:
+def endless() -> Iterator[FrameThunk]:
     number = 0
     while True:
         yield partial(picture, number % 30)
@@ -208,7 +209,7 @@ def test_a_slow_taker_gets_the_newest_frame_and_the_others_are_counted() -> None
 def test_a_longer_buffer_keeps_the_newest_few_in_order() -> None:
     is_taken, is_given = threading.Event(), threading.Event()
 
-    def burst() -> Iterator[Shot]:
+    def burst() -> Iterator[FrameThunk]:
         yield partial(picture, 0)
         is_taken.wait(5)
         for number in range(1, 11):
@@ -260,7 +261,7 @@ def test_numbers_and_times_go_on_after_a_loss() -> None:
 def test_a_source_that_gives_no_frame_is_lost() -> None:
     hang = threading.Event()
 
-    def stall() -> Iterator[Shot]:
+    def stall() -> Iterator[FrameThunk]:
         hang.wait(5)
         yield partial(picture, 9)
 
@@ -276,7 +277,7 @@ def test_a_source_that_gives_no_frame_is_lost() -> None:
 
 
 def test_what_no_reconnect_can_mend_ends_it_at_once() -> None:
-    def missing() -> Iterator[Shot]:
+    def missing() -> Iterator[FrameThunk]:
         raise MissingExtraError(expected="a", found="b", action="c")
         yield
 
@@ -287,7 +288,7 @@ def test_what_no_reconnect_can_mend_ends_it_at_once() -> None:
 
 
 def test_an_unforeseen_error_in_the_reader_does_not_hang_the_taker() -> None:
-    def broken() -> Iterator[Shot]:
+    def broken() -> Iterator[FrameThunk]:
         raise ZeroDivisionError
         yield
 

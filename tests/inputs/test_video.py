@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from paliedge.errors import ImageError, MissingExtraError, OutputError
-from paliedge.inputs.video import VideoWriter, _decode, _image_from_frame, import_av, read_stream, read_video
+from paliedge.inputs.video import _decode, _image_from_frame, import_av, read_stream, read_video
+from paliedge.results.video_writer import VideoWriter
 
 RATE = 10
 
@@ -228,7 +229,7 @@ def written(path: Path, pictures: Sequence[Image.Image], times_s: Sequence[float
 def test_a_written_video_has_the_rate_of_its_times(
     encoders: tuple[str, ...], rate: Fraction | int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paliedge.inputs.video._ENCODERS", encoders)
+    monkeypatch.setattr("paliedge.results.video_writer._ENCODERS", encoders)
     written(tmp_path / "new" / "v.mp4", [picture(number) for number in range(12)], [7 + n / rate for n in range(12)])
     with av.open(str(tmp_path / "new" / "v.mp4")) as container:
         stream = container.streams.video[0]

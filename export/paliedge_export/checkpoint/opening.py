@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from paliedge.bundle.manifest import Precision, Preprocess, Tokens
+from paliedge.bundle.manifest import Preprocess, Tokens
 from paliedge.errors import CheckpointError, UsageError
-from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH, BigVisionCheckpoint
-from paliedge_export.checkpoint.config import ModelConfig, read_config
+from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
+from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.hub import find_checkpoint
 from paliedge_export.checkpoint.lora import Adapted
 from paliedge_export.checkpoint.metadata import read_preprocess
 from paliedge_export.checkpoint.roboflow import Colour, read_letterbox, split_package
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
-from paliedge_export.targets import TARGETS
-from paliedge_export.weights.files import QUANTIZED
 
 
 def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
@@ -46,24 +43,6 @@ def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
     config = read_config(folder)
     adapter = lora or adapter
     return Adapted(folder, config, adapter) if adapter else Checkpoint(folder, config)
-
-
-def check_precision(config: ModelConfig, targets: Sequence[str], precision: Precision) -> None:
-    """Raise a UsageError for a precision that a target has no kernels for, or the model no range."""
-    for name in targets:
-        if precision not in TARGETS[name].precisions:
-            raise UsageError(
-                expected=f"{' or '.join(TARGETS[name].precisions)} for the target '{name}'",
-                found=precision,
-                action="Name another --precision, or export this target into a bundle of its own.",
-            )
-    has_fp16 = precision == "fp16" or (precision in QUANTIZED and set(targets) != {"cpu"})
-    if has_fp16 and config.text.hidden_size >= GEMMA2_27B_WIDTH:
-        raise UsageError(
-            expected="a precision with the range of float32 for PaliGemma 2 28B",
-            found=f"{precision}, which multiplies in fp16, in which Gemma 2 27B is known to go wrong",
-            action="Export it with --precision fp32, or bf16 for TensorRT.",
-        )
 
 
 def folders_of(tensors: Checkpoint) -> list[Path]:

@@ -15,7 +15,7 @@ import msgspec
 import onnx
 from onnx import TensorProto, helper
 
-from paliedge.bundle.bundle import describe_file
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import Graph, Manifest, Tensor, write_manifest
 
 _ROUNDED = ("Attention", "MatMul", "Softmax")

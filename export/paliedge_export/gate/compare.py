@@ -7,56 +7,25 @@ comes after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from paliedge.backends.session import FloatArray
-from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Comparison, Cosine, Manifest, Precision, Target, Tokens
-from paliedge.errors import PrecisionError, UsageError
-from paliedge.generation.embedding import EmbeddingTable
-from paliedge.inputs.preprocess import Preprocessor
-from paliedge.inputs.prompt import PromptTokenizer
-from paliedge_export.gate.probe import ABSMAX, MEAN_SQUARE, ROWS, Outputs, ProbedGraphs, layer_names
-from paliedge_export.graphs.builder import layer_output
-from paliedge_export.graphs.decoder import LAST_HIDDEN
-from paliedge_export.weights.activations import Statistics
+from paliedge.bundle.precision_report import AnswerRow, Gate, TargetReport
+from paliedge.errors import PrecisionError
+from paliedge_export.gate.runner import Answer, Answers, Runner
 from paliedge_export.weights.samples import Sample
 
 MAX_IMAGES = 16
 """The gate's share of the samples: the last ones, from which no statistics are taken where there are enough others."""
-MAX_NEW_TOKENS = 16
 _FIRST_WITH_TENSOR_SCATTER = (1, 25)
 _SURE = math.log(0.5)
 _MEANT = math.log(0.01)
 """Mean log-probability of a box's four tokens. Neighbouring bins share what a model is sure of; one that only
 guesses gives each of 1024 bins a thousandth."""
-_NUM_WORST = 3
-
-
-class Gate(msgspec.Struct, frozen=True):
-    """What a precision must reach; where something cannot be measured it is not asked for.
-
-    Attributes:
-        error: largest of image features (relative to the largest) and of log-probabilities (nats); None, any.
-        features_mean, features_min: cosines of image features.
-        hidden_mean, hidden_min: cosines of last-position hidden states.
-        sure_tokens: share of equal tokens among those that the reference was sure of.
-        box_iou: mean.
-    """
-
-    error: float | None
-    features_mean: float
-    features_min: float
-    hidden_mean: float
-    hidden_min: float
-    sure_tokens: float
-    box_iou: float
 
 
 GATES: dict[Precision, Gate] = {
@@ -66,176 +35,6 @@ GATES: dict[Precision, Gate] = {
     "int8": Gate(None, 0.99, 0.9, 0.98, 0.9, 0.95, 0.9),
     "int4": Gate(None, 0.98, 0.85, 0.95, 0.8, 0.9, 0.8),
 }
-
-
-@dataclass(frozen=True)
-class Answer:
-    """To one prompt: T tokens up to end-of-sequence, their log-probabilities, the hidden states [T, H] before each."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    hidden: FloatArray
-
-
-@dataclass
-class Answers:
-    """Of one set of graphs to all samples.
-
-    Attributes:
-        reference: whose they are.
-        features: image_features [N, H] of each image.
-        answers: for each image one a prompt.
-        layers: what leaves each layer, for the last image and its first prompt: [N, H] of the vision encoder's, [1, H]
-            of the decoder's, the prefix's last token; from transformers of all tokens.
-        num_not_finite: activations that were infinite or no number.
-    """
-
-    reference: str
-    features: list[FloatArray] = field(default_factory=list)
-    answers: list[list[Answer]] = field(default_factory=list)
-    layers: dict[str, FloatArray] = field(default_factory=dict)
-    num_not_finite: int = 0
-
-
-class AnswerRow(msgspec.Struct):
-    """One answer of the report."""
-
-    image: str
-    prompt: str
-    reference: str
-    token_match: float
-    first_difference: int | None
-    hidden_cosine: float
-
-
-class TargetReport(msgspec.Struct):
-    """The report of one target: the summary, cosines of what leaves each layer, every answer."""
-
-    precision: Precision
-    gate: Gate
-    comparison: Comparison
-    layers: dict[str, float]
-    answers: list[AnswerRow]
-
-    def worst_layers(self) -> list[str]:
-        """Those that turn the state furthest from the reference's."""
-        drops: dict[str, float] = {}
-        for _, names in groupby(self.layers, lambda name: name.split(".")[0]):
-            before = 1.0
-            for name in names:
-                drops[name] = before - self.layers[name]
-                before = self.layers[name]
-        return sorted(drops, key=lambda name: -drops[name])[:_NUM_WORST]
-
-
-def ignore_outputs(outputs: Outputs) -> None:
-    """A watcher that watches nothing."""
-
-
-class Runner:
-    """A bundle's graphs, a sample at a time. `folder` is a bundle that need not be published yet."""
-
-    def __init__(self, folder: Path, target: str, *, statistics: bool = False, prepack: bool = True) -> None:
-        bundle = Bundle(folder, check_hashes=False)
-        manifest = bundle.manifest
-        self._tokens = manifest.tokens
-        self._limits = manifest.limits
-        self._num_image_tokens = manifest.model.vision.num_image_tokens
-        self._allowed = (0, manifest.tokens.vocab_size - 1)
-        self._preprocess = Preprocessor(manifest.preprocess, manifest.model.vision.image_size)
-        self._tokenizer = PromptTokenizer(bundle.path(manifest.tokenizer), manifest.tokens)
-        self._embed = EmbeddingTable(bundle)
-        self._graphs = ProbedGraphs(
-            folder, manifest.targets[target], manifest.limits.capacity, statistics=statistics, prepack=prepack
-        )
-
-    def answer(
-        self,
-        samples: Sequence[Sample],
-        reference: str,
-        forced: Answers | None = None,
-        watch: Callable[[Outputs], None] = ignore_outputs,
-        report: Callable[[str], None] = lambda line: None,
-    ) -> Answers:
-        """Answer all prompts, greedily or led by the tokens of `forced`; `watch` sees the outputs of each run."""
-        found = Answers(reference)
-        last = len(samples) - 1
-        for index, sample in enumerate(samples):
-            seen = self._graphs.encode(self._preprocess(sample.image))
-            features: FloatArray = seen["image_features"][0]
-            watch(seen)
-            found.features.append(features)
-            self._note(found, seen, len(features) if index == last else 0)
-            row = []
-            for place, prompt in enumerate(sample.prompts):
-                lead = forced.answers[index][place].tokens if forced else None
-                row.append(self._answer(found, features, prompt, lead, watch, keep=index == last and not place))
-            found.answers.append(row)
-            report(f"image {index + 1} of {len(samples)}: {sample.name}")
-        return found
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """What the reference said, for people."""
-        return self._tokenizer.decode(tokens)
-
-    def _answer(
-        self,
-        found: Answers,
-        features: FloatArray,
-        prompt: str,
-        lead: list[int] | None,
-        watch: Callable[[Outputs], None],
-        *,
-        keep: bool,
-    ) -> Answer:
-        ids = self._tokenizer.encode_prefix(prompt)
-        room = self._limits.prefix - self._num_image_tokens
-        if len(ids) > room:
-            raise UsageError(
-                expected=f"sample prompts of at most {room} tokens, the bundle's limit",
-                found=f"{len(ids)} in '{prompt[:60]}'",
-                action="Export with a larger --max-prompt-tokens, or calibrate with shorter prompts.",
-            )
-        prefix = np.concatenate([features, self._embed(ids)])
-        seen = self._graphs.prefill(prefix, self._allowed)
-        watch(seen)
-        self._note(found, seen, int(keep))
-        tokens: list[int] = []
-        scores: list[float] = []
-        hidden: list[FloatArray] = []
-        for place in range(len(lead) if lead else min(MAX_NEW_TOKENS, self._limits.new_tokens)):
-            if place:
-                seen = self._graphs.decode(self._embed([lead[place - 1] if lead else tokens[-1]])[0], self._allowed)
-                watch(seen)
-                self._note(found, seen, 0)
-            tokens.append(int(seen["next_token"][0]))
-            scores.append(float(seen["log_prob"][0]))
-            if LAST_HIDDEN in seen:
-                hidden.append(seen[LAST_HIDDEN][0])
-            if not lead and tokens[-1] == self._tokens.eos:
-                break
-        return Answer(tokens, scores, np.array(hidden, np.float32))
-
-    @staticmethod
-    def _note(found: Answers, seen: Outputs, num_kept: int) -> None:
-        """Count what is no number, and keep the last tokens of what leaves each layer."""
-        floats = [array for array in seen.values() if array.dtype == np.float32]
-        found.num_not_finite += sum(int((~np.isfinite(array)).sum()) for array in floats)
-        if num_kept:
-            found.layers |= {name: seen[layer_output(name)][0, -num_kept:] for name in layer_names(seen)}
-
-
-def collect_statistics(statistics: Statistics, linears: Container[str]) -> Callable[[Outputs], None]:
-    """A watcher for the answers of a `Runner` with `statistics`; takes those of the named linear layers."""
-
-    def watch(outputs: Outputs) -> None:
-        for name, absmax in outputs.items():
-            linear = name.removesuffix(ABSMAX)
-            if name != linear and linear in linears:
-                rows = int(outputs[linear + ROWS].prod())
-                statistics.add(linear, absmax, outputs[linear + MEAN_SQUARE], rows)
-
-    return watch
 
 
 def compare(

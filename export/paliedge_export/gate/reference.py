@@ -16,10 +16,10 @@ import numpy.typing as npt
 from paliedge.backends.session import FloatArray
 from paliedge.bundle.manifest import Preprocess
 from paliedge.inputs.preprocess import Preprocessor
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.metadata import PROCESSOR_FILES, read_tokens
 from paliedge_export.checkpoint.safetensors_reader import Array, canonical_name
-from paliedge_export.gate.compare import MAX_NEW_TOKENS, Answer, Answers
+from paliedge_export.gate.runner import MAX_NEW_TOKENS, Answer, Answers
 from paliedge_export.weights.samples import Sample
 
 if TYPE_CHECKING:

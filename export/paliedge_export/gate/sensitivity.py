@@ -14,9 +14,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import write_manifest
-from paliedge_export.gate.compare import Answers, Runner
+from paliedge.bundle.precision_report import LayerError
+from paliedge_export.gate.runner import Answers, Runner
 from paliedge_export.targets import TARGETS
 from paliedge_export.weights.files import Encoding, Stored, StoredGraphs, Tensors, write_linear
 from paliedge_export.weights.linears import linears
@@ -25,24 +27,6 @@ from paliedge_export.writer import Source, StoredByLayout, write_target
 
 NUM_SAMPLES = 2
 """Images that each layer is tried on, one prompt each."""
-
-
-class LayerError(msgspec.Struct):
-    """What it costs to quantise one linear layer alone, and what it weighs.
-
-    Attributes:
-        name: of the linear layer; `gate_proj` stands for `up_proj`, too, see `paliedge_export.weights.linears`.
-        bits: of its weight, quantised.
-        error: 1 less the mean cosine of the last hidden states.
-        num_weights: how many it has.
-        kept: whether it stays in 16 bits.
-    """
-
-    name: str
-    bits: int
-    error: float
-    num_weights: int
-    kept: bool = False
 
 
 class Trial:

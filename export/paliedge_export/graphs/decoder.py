@@ -26,21 +26,25 @@ which sees itself and is seen by nothing that counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from paliedge.bundle.manifest import Tokens
 from paliedge_export.checkpoint.config import ModelConfig, TextConfig
 from paliedge_export.checkpoint.safetensors_reader import LM_HEAD
+from paliedge_export.graphs.attention import (
+    MASKED_16_BIT,
+    _softcap,
+    attend_fused,
+    attend_written_out,
+    project,
+    rotation_of,
+)
 from paliedge_export.graphs.builder import GraphBuilder, layer_output
+from paliedge_export.graphs.kv_cache import Cache, InPlaceCache, RowCache, put_out
 from paliedge_export.targets import Lowering
 from paliedge_export.weights.files import HEAD_SCALES
 
-_MASKED = -1e9
-"""Added to a hidden score. Finite, and added once: two infinities would make NaN."""
-_MASKED_16_BIT = -3e4
-"""The same inside the range of float16, for an operator that adds the mask itself."""
 _NEVER = -3e38
 
 
@@ -72,17 +76,17 @@ def add_decoder(
     allowed = graph.input("allowed_ids", np.int64, ("batch", 2))
     start = graph.op("Sub", graph.op("Slice", positions, graph.ints(0), graph.ints(1), graph.ints(1)), graph.ints(1))
     if lowering.cache_update == "rows":
-        cache: _Cache = _RowCache(graph, text, start)
+        cache: Cache = RowCache(graph, text, start)
     else:
-        cache = _InPlaceCache(graph, text, start, capacity)
+        cache = InPlaceCache(graph, text, start, capacity)
     mask = cache.mask(positions, prefix_length)
     fused = lowering.operators == "fused" and not text.attn_softcap
     if fused:
-        mask = graph.compute(graph.op("Max", mask, graph.constant(_MASKED_16_BIT)))
+        mask = graph.compute(graph.op("Max", mask, graph.constant(MASKED_16_BIT)))
     else:
         mask = graph.op("Unsqueeze", mask, graph.ints(3))
-    rotation = _rotation(graph, text, positions)
-    attend = _attend_fused if fused else _attend_written_out
+    rotation = rotation_of(graph, text, positions)
+    attend = attend_fused if fused else attend_written_out
     fed = None
     for index in range(text.num_layers):
         x, (query, key, value) = _enter_layer(graph, text, index, x, fed, rotation)
@@ -108,13 +112,13 @@ def add_prefill(graph: GraphBuilder, config: ModelConfig) -> None:
     text = config.text
     x = graph.input("inputs_embeds", np.float32, ("batch", "sequence", text.hidden_size))
     positions = graph.input("position_ids", np.int64, ("batch", "sequence"))
-    rotation = _rotation(graph, text, positions)
+    rotation = rotation_of(graph, text, positions)
     fed = None
     for index in range(text.num_layers):
         x, (query, key, value) = _enter_layer(graph, text, index, x, fed, rotation)
-        keys, values = _put_out(graph, text, index, "key", key), _put_out(graph, text, index, "value", value)
+        keys, values = put_out(graph, text, index, "key", key), put_out(graph, text, index, "value", value)
         if index + 1 < text.num_layers:
-            x, fed = _leave_layer(graph, text, index, x, _attend_written_out(graph, text, query, keys, values))
+            x, fed = _leave_layer(graph, text, index, x, attend_written_out(graph, text, query, keys, values))
 
 
 def _layer_name(index: int) -> str:
@@ -124,13 +128,13 @@ def _layer_name(index: int) -> str:
 def _enter_layer(
     graph: GraphBuilder, text: TextConfig, index: int, x: str, fed: str | None, rotation: tuple[str, str]
 ) -> tuple[str, tuple[str, str, str]]:
-    """The layer's input `x` + `fed` [B, S, H], and the query, key and value that it makes of it, see `_project`."""
+    """The layer's input `x` + `fed` [B, S, H], and the query, key and value that it makes of it, see `project`."""
     name = f"{_layer_name(index)}.input_layernorm"
     if fed:
         x, normed = _add_and_norm(graph, text, x, fed, name, layer_output(_layer_name(index - 1)))
     else:
         normed = _norm(graph, text, name, x)
-    return x, _project(graph, text, f"{_layer_name(index)}.self_attn.qkv_proj", normed, rotation)
+    return x, project(graph, text, f"{_layer_name(index)}.self_attn.qkv_proj", normed, rotation)
 
 
 def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, attended: str) -> tuple[str, str]:
@@ -148,175 +152,6 @@ def _leave_layer(graph: GraphBuilder, text: TextConfig, index: int, x: str, atte
     if text.post_norms:
         fed = _norm(graph, text, f"{name}.post_feedforward_layernorm", fed)
     return x, fed
-
-
-def _put_out(graph: GraphBuilder, text: TextConfig, index: int, part: str, new: str) -> str:
-    """New rows [B, S, kv heads, head_dim] as the output that they are: [B, kv heads, S, head_dim]."""
-    name, shape = f"present.{index}.{part}", ("batch", text.num_kv_heads, "sequence", text.head_dim)
-    graph.output(graph.compute(_rows(graph, text, new)), name, graph.compute_type, shape)
-    return name
-
-
-class _Cache(Protocol):
-    def mask(self, positions: str, prefix_length: str) -> str:
-        """[B, 1, S, T] float32, 0 where a query sees a key, else a number that hides it."""
-        ...
-
-    def extend(self, index: int, part: str, new: str) -> str:
-        """Take the rows [B, S, kv heads, head_dim] of layer `index`; returns all [B, kv heads, T, head_dim]."""
-        ...
-
-
-class _RowCache:
-    """Keys are the cache's P places and behind them the S new rows, which are put out."""
-
-    def __init__(self, graph: GraphBuilder, text: TextConfig, start: str) -> None:
-        self._graph = graph
-        self._text = text
-        self._start = start
-        self._past = _cache_inputs(graph, text, "capacity")
-
-    def mask(self, positions: str, prefix_length: str) -> str:
-        graph, start = self._graph, self._start
-        past_place = _places(graph, self._past[0, "key"], axis=2)
-        new_place = _places(graph, positions, axis=1)
-        query_place = graph.op("Unsqueeze", new_place, graph.ints(1))
-        causal = graph.op("LessOrEqual", new_place, query_place)
-        place = graph.op("Add", start, new_place)
-        in_prefix = graph.op("Less", place, graph.op("Unsqueeze", prefix_length, graph.ints(1)))
-        new = graph.op("Or", causal, graph.op("Unsqueeze", in_prefix, graph.ints(1, 2)))
-        filled = graph.op("Unsqueeze", graph.op("Less", past_place, start), graph.ints(1, 2))
-        past = graph.op("And", filled, graph.op("GreaterOrEqual", query_place, graph.constant(0, np.int64)))
-        return _mask(graph, graph.op("Concat", past, new, axis=-1))
-
-    def extend(self, index: int, part: str, new: str) -> str:
-        rows = _put_out(self._graph, self._text, index, part, new)
-        return self._graph.op("Concat", self._past[index, part], rows, axis=2)
-
-
-class _InPlaceCache:
-    """Keys are the cache's places, the S new rows among them."""
-
-    def __init__(self, graph: GraphBuilder, text: TextConfig, start: str, capacity: int) -> None:
-        self._graph = graph
-        self._text = text
-        self._capacity = capacity
-        self._write_index = graph.op("Squeeze", start, graph.ints(1))
-        self._past = _cache_inputs(graph, text, capacity)
-
-    def mask(self, positions: str, prefix_length: str) -> str:
-        graph = self._graph
-        place = graph.constant(np.arange(self._capacity), np.int64)
-        query_place = graph.op("Unsqueeze", graph.op("Sub", positions, graph.ints(1)), graph.ints(1, 3))
-        causal = graph.op("LessOrEqual", place, query_place)
-        in_prefix = graph.op("Less", place, graph.op("Unsqueeze", prefix_length, graph.ints(1, 2, 3)))
-        return _mask(graph, graph.op("Or", causal, in_prefix))
-
-    def extend(self, index: int, part: str, new: str) -> str:
-        graph, text = self._graph, self._text
-        rows = graph.compute(_rows(graph, text, new))
-        name = f"present.{index}.{part}"
-        graph.op("TensorScatter", self._past[index, part], rows, self._write_index, name=name, axis=-2)
-        shape = ("batch", text.num_kv_heads, self._capacity, text.head_dim)
-        graph.output(name, name, graph.compute_type, shape)
-        return name
-
-
-def _cache_inputs(graph: GraphBuilder, text: TextConfig, capacity: int | str) -> dict[tuple[int, str], str]:
-    shape = ("batch", text.num_kv_heads, capacity, text.head_dim)
-    return {
-        (index, part): graph.input(f"past_key_values.{index}.{part}", graph.compute_type, shape)
-        for index in range(text.num_layers)
-        for part in ("key", "value")
-    }
-
-
-def _places(graph: GraphBuilder, x: str, axis: int) -> str:
-    """0, 1, ... along an axis of `x`."""
-    size = graph.op("Squeeze", graph.op("Shape", x, start=axis, end=axis + 1), graph.ints(0))
-    return graph.op("Range", graph.constant(0, np.int64), size, graph.constant(1, np.int64))
-
-
-def _mask(graph: GraphBuilder, visible: str) -> str:
-    return graph.op("Where", visible, graph.constant(0.0), graph.constant(_MASKED))
-
-
-def _rotation(graph: GraphBuilder, text: TextConfig, positions: str) -> tuple[str, str]:
-    """Cosine and sine [B, S, 1, head_dim] of the rotary position embedding, the first half of the sines negative."""
-    exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
-    frequencies = (1.0 / np.float32(text.rope_theta) ** exponents).astype(np.float32)
-    places = graph.op("Unsqueeze", graph.op("Cast", positions, to=1), graph.ints(2, 3))
-    cosine = graph.op("Cos", graph.op("Mul", places, graph.constant(np.concatenate([frequencies, frequencies]))))
-    sine = graph.op("Sin", graph.op("Mul", places, graph.constant(np.concatenate([-frequencies, frequencies]))))
-    return cosine, sine
-
-
-def _rotate(graph: GraphBuilder, text: TextConfig, x: str, rotation: tuple[str, str]) -> str:
-    """Rotate the first half of each head against the second: x [B, S, heads, head_dim]."""
-    cosine, sine = rotation
-    first, second = graph.split(x, [text.head_dim // 2] * 2, axis=-1)
-    swapped = graph.op("Concat", second, first, axis=-1)
-    return graph.op("Add", graph.op("Mul", x, cosine), graph.op("Mul", swapped, sine))
-
-
-def _project(
-    graph: GraphBuilder, text: TextConfig, name: str, x: str, rotation: tuple[str, str]
-) -> tuple[str, str, str]:
-    """Query, key and value [B, S, heads, head_dim], the first two rotated."""
-    heads, groups = text.num_heads, text.num_kv_heads
-    qkv = graph.op("Reshape", graph.linear(x, name), graph.ints(0, 0, heads + 2 * groups, text.head_dim))
-    query_and_key, value = graph.split(qkv, [heads + groups, groups], axis=2)
-    query, key = graph.split(_rotate(graph, text, query_and_key, rotation), [heads, groups], axis=2)
-    return query, key, value
-
-
-def _rows(graph: GraphBuilder, text: TextConfig, x: str) -> str:
-    """Keys or values as a cache holds them: [B, S, kv heads, head_dim] -> [B, kv heads, S, head_dim]."""
-    if text.num_kv_heads > 1:
-        return graph.op("Transpose", x, perm=[0, 2, 1, 3])
-    return graph.op("Reshape", x, graph.ints(0, 1, -1, text.head_dim))  # needs no copy
-
-
-def _by_group(graph: GraphBuilder, text: TextConfig, x: str) -> str:
-    """Queries [B, S, heads, head_dim] -> [B, kv heads, S * heads / kv heads, head_dim]: a matrix product a group."""
-    groups, dim = text.num_kv_heads, text.head_dim
-    if groups > 1:
-        x = graph.op("Reshape", x, graph.ints(0, 0, groups, -1, dim))
-        x = graph.op("Transpose", x, perm=[0, 2, 1, 3, 4])
-    return graph.op("Reshape", x, graph.ints(0, groups, -1, dim))
-
-
-def _attend_fused(graph: GraphBuilder, text: TextConfig, query: str, keys: str, values: str, mask: str) -> str:
-    """ONNX's operator, which every TensorRT from 10.15 on has kernels for: -> [B, S, heads * head_dim]."""
-    query = graph.op("Mul", query, graph.constant(text.query_scale))
-    query = graph.compute(graph.op("Transpose", query, perm=[0, 2, 1, 3]))
-    attended = graph.cast(graph.op("Attention", query, keys, values, mask, scale=1.0), np.float32)
-    attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3])
-    return graph.op("Reshape", attended, graph.ints(0, 0, text.attention_width))
-
-
-def _attend_written_out(
-    graph: GraphBuilder, text: TextConfig, query: str, keys: str, values: str, mask: str | None = None
-) -> str:
-    """Grouped-query attention in matrix products, softcap and softmax in float32; mask [B, 1, S, 1, T]."""
-    groups, dim = text.num_kv_heads, text.head_dim
-    shared = text.num_heads // groups
-    query = graph.compute(graph.op("Mul", _by_group(graph, text, query), graph.constant(text.query_scale)))
-    scores = graph.matmul(query, graph.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    if text.attn_softcap:
-        scores = _softcap(graph, scores, text.attn_softcap)
-    if mask:
-        width = graph.op("Shape", mask, start=4, end=5)
-        per_head = graph.op("Concat", graph.ints(0, groups, -1, shared), width, axis=0)
-        scores = graph.op("Add", graph.op("Reshape", scores, per_head), mask)
-    weights = graph.compute(graph.op("Softmax", scores, axis=-1))
-    if mask:
-        weights = graph.op("Reshape", weights, graph.op("Concat", graph.ints(0, groups, -1), width, axis=0))
-    attended = graph.matmul(weights, values)
-    if groups > 1:
-        attended = graph.op("Reshape", attended, graph.ints(0, groups, -1, shared, dim))
-        attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3, 4])
-    return graph.op("Reshape", attended, graph.ints(0, -1, text.attention_width))
 
 
 def _feed_forward(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
@@ -343,10 +178,6 @@ def _norm(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
     variance = graph.op("ReduceMean", graph.op("Pow", x, graph.constant(2.0)), graph.ints(-1))
     rms = graph.op("Sqrt", graph.op("Add", variance, graph.constant(text.eps)))
     return graph.op("Mul", graph.op("Div", x, rms), graph.weight(f"{name}.weight"))
-
-
-def _softcap(graph: GraphBuilder, x: str, cap: float) -> str:
-    return graph.op("Mul", graph.op("Tanh", graph.op("Div", x, graph.constant(cap))), graph.constant(cap))
 
 
 def _last_place(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> str:

@@ -10,13 +10,23 @@ import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from paliedge.errors import UsageError
 from paliedge.inputs.images import SUFFIXES, load_image
-from paliedge_export.gate.golden import PROMPTS, golden_images
+
+if TYPE_CHECKING:
+    pass
+
+PROMPTS = ("caption en", "detect cat ; dog", "answer en what is this?")
+"""For a head that can say everything."""
+_NUM_IMAGES = 2
+_CANVAS = 256
 
 MAX_IMAGES = 48
 PROMPTS_PER_IMAGE = 2
@@ -123,3 +133,15 @@ def _read_line(path: Path, number: int, line: bytes) -> tuple[Path, str]:
 
 def _unusable(path: Path, found: str) -> UsageError:
     return UsageError(expected=f"images to calibrate with in {path}", found=found, action=CALIBRATE)
+
+
+def golden_images() -> npt.NDArray[np.uint8]:
+    """Pictures with edges, gradients and noise; any will do, these need no file."""
+    rows, columns = np.mgrid[0:_CANVAS, 0:_CANVAS]
+    images = []
+    for index in range(_NUM_IMAGES):
+        noise = np.random.default_rng(index).integers(0, 32, (_CANVAS, _CANVAS, 3))
+        disc = (rows - 90 - 40 * index) ** 2 + (columns - 150 + 50 * index) ** 2 < 60**2
+        ramps = np.stack([rows * 0.7, columns * 0.7, (rows + columns) * 0.35], -1)
+        images.append(np.where(disc[..., None], (200, 60, 30 + 150 * index), ramps) + noise)
+    return np.stack(images).clip(0, 255).astype(np.uint8)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paliedge.backends.session import Session
-from paliedge.backends.trt.build import build_engine, describe, describe_gpu, find_engine
+from paliedge.backends.trt.build import build_engine
 from paliedge.backends.trt.flavours import TensorRt, load_flavour
+from paliedge.backends.trt.match import describe, describe_gpu, find_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Flavour, Manifest
 from paliedge.errors import DeviceError, EngineMismatchError, MissingExtraError

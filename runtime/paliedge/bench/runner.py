@@ -20,11 +20,12 @@ from paliedge.bench.record import Accuracy, ColdStart, Memory, Record, Roofs, Ru
 from paliedge.bench.scenarios import Limits, Plan, Query, Trace, run
 from paliedge.bench.shares import add_shares
 from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.golden import load_golden
 from paliedge.bundle.manifest import Manifest
-from paliedge.diagnostics.verify import load_golden, verify_golden
+from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import DeviceError, PaliEdgeError, UsageError
 from paliedge.inputs.images import ImageSource
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.model import PaliGemma
 
 _NO_PROMPT = "caption en"
@@ -232,7 +233,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _free_gpu_bytes() -> int | None:
-    from paliedge.backends.trt.build import probe_gpu
+    from paliedge.backends.trt.match import probe_gpu
 
     gpu = probe_gpu()
     return None if isinstance(gpu, Exception) else gpu.free_memory

@@ -6,14 +6,13 @@ checked at each load and sha256 on the first one. Knows nothing of sessions, ima
 
 from __future__ import annotations
 
-import hashlib
-import os
 import stat
 from pathlib import Path
 
 import msgspec
 
-from paliedge.bundle.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, File, Manifest, Target, manifest_digest
+from paliedge.bundle.digests import digest_key, read_known_digests, sha256_from_file, write_known_digests
+from paliedge.bundle.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, Manifest, Target, manifest_digest
 from paliedge.errors import BundleError, EngineMismatchError
 
 
@@ -123,12 +122,12 @@ class Bundle:
         What passed is noted here and in the user's cache folder. With `trust_notes`, such a file is not
         read again while its path, size, inode and modification time stay the same.
         """
-        known = _read_known_digests() | self._verified
+        known = read_known_digests() | self._verified
         fresh = dict(known)
         for name, recorded in self._files.items():
             path = self.folder / name
             try:
-                key = _digest_key(path)
+                key = digest_key(path)
                 digest = (trust_notes and known.get(key)) or sha256_from_file(path)
             except OSError:
                 raise self._damaged(name, f"no file '{name}' that can be read") from None
@@ -137,21 +136,7 @@ class Bundle:
             fresh[key] = digest
         self._verified = fresh
         if fresh != known:
-            _write_known_digests(fresh)
-
-
-def sha256_from_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def describe_file(path: Path) -> File:
-    """Size and digest of a file, for the manifest."""
-    return File(size=path.stat().st_size, sha256=sha256_from_file(path))
+            write_known_digests(fresh)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -185,32 +170,3 @@ def _damaged(folder: Path, found: str) -> BundleError:
         found=found,
         action="Copy or export the bundle again; nothing of it was loaded.",
     )
-
-
-def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "paliedge" / "verified.json"
-
-
-def _digest_key(path: Path) -> str:
-    status = path.stat()
-    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-
-
-def _read_known_digests() -> dict[str, str]:
-    try:
-        return msgspec.json.decode(_cache_file().read_bytes(), type=dict[str, str])
-    except (OSError, RuntimeError, UnicodeDecodeError, msgspec.DecodeError):
-        return {}
-
-
-def _write_known_digests(digests: dict[str, str]) -> None:
-    """Best effort: without a writable cache the next start reads the files again."""
-    try:
-        target = _cache_file()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        partial.write_bytes(msgspec.json.encode(digests))
-        partial.replace(target)
-    except (OSError, RuntimeError):
-        pass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from paliedge.bundle.bundle import describe_file
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import MANIFEST, Engine, Manifest, write_manifest
 from paliedge.errors import OutputError, UsageError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paliedge.cli.options import backend_options, bundle_argument, json_option, load_model, model_options
-from paliedge.cli.predict import print_answer, save_picture
+from paliedge.cli.output import print_answer, save_picture
 
 if TYPE_CHECKING:
     from paliedge.backends.select import BackendOptions
@@ -95,37 +95,36 @@ def _describe_answers(manifest: Manifest) -> dict[str, str]:
 
 
 def _print_precision_report(bundle: Bundle, *, as_json: bool) -> None:
+    from paliedge.bundle.precision_report import encode_precision_report, load_precision_report
     from paliedge.errors import UsageError
 
-    name = bundle.manifest.precision_report
-    if name is None:
+    report = load_precision_report(bundle)
+    if report is None:
         raise UsageError(
             expected="a bundle that was compared when it was exported",
             found=f"{bundle.folder}, which was not",
             action="Export it again without --no-compare.",
         )
-    content = bundle.path(name).read_text()
     if as_json:
-        click.echo(content, nl=False)
+        click.echo(encode_precision_report(report), nl=False)
         return
-    report = json.loads(content)
-    if report["calibrated_with"]:
-        click.echo(f"calibrated with {report['calibrated_with']}")
-    for target, found in report["targets"].items():
-        click.echo(f"{target}, {found['precision']}: {bundle.manifest.comparisons[target].describe()}")
-        for layer, cosine in found["layers"].items():
+    if report.calibrated_with:
+        click.echo(f"calibrated with {report.calibrated_with}")
+    for target, found in report.targets.items():
+        click.echo(f"{target}, {found.precision}: {found.comparison.describe()}")
+        for layer, cosine in found.layers.items():
             click.echo(f"  {cosine:.6f}  behind {layer}")
-        for row in found["answers"]:
-            first = "" if row["first_difference"] is None else f", first difference at {row['first_difference']}"
+        for row in found.answers:
+            first = "" if row.first_difference is None else f", first difference at {row.first_difference}"
             click.echo(
-                f"  {row['hidden_cosine']:.6f}  {row['image']}: {row['prompt']}: "
-                f"{row['token_match']:.1%} of the tokens of '{row['reference']}'{first}"
+                f"  {row.hidden_cosine:.6f}  {row.image}: {row.prompt}: "
+                f"{row.token_match:.1%} of the tokens of '{row.reference}'{first}"
             )
     for target, reason in bundle.manifest.not_compared.items():
         click.echo(f"{target}: not compared: {reason}")
-    for layer in report["sensitivity"]:
-        kept = ", kept in 16 bits" if layer["kept"] else ""
-        click.echo(f"  {layer['error']:.2e}  {layer['name']} in {layer['bits']} bits alone{kept}")
+    for linear in report.sensitivity:
+        kept = ", kept in 16 bits" if linear.kept else ""
+        click.echo(f"  {linear.error:.2e}  {linear.name} in {linear.bits} bits alone{kept}")
 
 
 @click.command()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paliedge.cli.options import Verb, json_option, load_model, model_options
-from paliedge.cli.predict import SOME_FAILED
+from paliedge.cli.output import SOME_FAILED
 
 if TYPE_CHECKING:
     from paliedge.backends.select import BackendOptions
     from paliedge.errors import PaliEdgeError
-    from paliedge.evaluation import Task
     from paliedge.evaluation.cases import Outcome
+    from paliedge.evaluation.tasks import Task
     from paliedge.model import PaliGemma
 
 
@@ -98,8 +98,8 @@ def evaluate(
     or a folder with one, of objects with `image`, `suffix` (or `answers`) and, if need be, `prefix`.
     Needs `pip install "paliedge[eval]"`.
     """
-    from paliedge.evaluation import require_packages
     from paliedge.evaluation.report import Report, prepare_folder, save_report
+    from paliedge.evaluation.tasks import require_packages
     from paliedge.model import SHIPPED_BUNDLE
 
     require_packages(task)
@@ -194,7 +194,7 @@ class _Watcher:
             click.echo(f"[{number}/{total}] {source}", err=True)
 
     def failed(self, source: Path, error: PaliEdgeError) -> None:
-        from paliedge.cli.main import print_error
+        from paliedge.cli.output import print_error
 
         self.errors.append((source, error))
         print_error(error, str(source))

@@ -14,6 +14,7 @@ from types import FrameType
 
 import click
 
+from paliedge.cli.output import print_error
 from paliedge.errors import OutputError, PaliEdgeError, UsageError
 
 _INTERRUPTED = 130
@@ -89,13 +90,6 @@ def _name_versions() -> None:
 
     for outside in find_outside():
         click.echo(f"note: found {outside}, which may be the cause. {outside.action}", err=True)
-
-
-def print_error(error: PaliEdgeError, source: str | None = None) -> None:
-    """Three lines on stderr: expected, found, what to do."""
-    click.echo(f"error: {source + ': ' if source else ''}expected {error.expected}", err=True)
-    click.echo(f"       found {error.found}", err=True)
-    click.echo(f"       {error.action}", err=True)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

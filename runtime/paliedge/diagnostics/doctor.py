@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from paliedge.backends.cuda import GpuInfo
 
 from paliedge.backends.select import find_ort_target
-from paliedge.backends.trt.build import choose_target, describe, engine_for, probe_gpu
 from paliedge.backends.trt.flavours import ANY_GPU, TensorRt, find_flavours
+from paliedge.backends.trt.match import choose_target, describe, engine_for, probe_gpu
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Manifest
 from paliedge.diagnostics.installed import find_outside

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from paliedge.backends.select import BackendOptions
-from paliedge.backends.trt.build import probe_gpu
+from paliedge.backends.trt.match import probe_gpu
 from paliedge.bundle.bundle import Bundle
-from paliedge.diagnostics.verify import GoldenReport, load_golden, verify_golden
+from paliedge.bundle.golden import load_golden
+from paliedge.diagnostics.verify import GoldenReport, verify_golden
 from paliedge.errors import DeviceError, EngineMismatchError, PaliEdgeError
 from paliedge.model import PaliGemma
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.golden import load_golden
 from paliedge.errors import BundleError
 from paliedge.model import PaliGemma
 from paliedge.results.generation import Generation
@@ -24,31 +21,6 @@ class GoldenReport(NamedTuple):
     num_answers: int
     num_equal: int
     num_ties: int
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Every prompt on every image, and the exporting machine's answers.
-
-    Attributes:
-        images: [I, H, W, 3] uint8.
-        prompts: P of them.
-        token_ids: [I, P, T], filled up with end-of-sequence.
-        log_probs: [I, P, T] float32.
-    """
-
-    images: npt.NDArray[np.uint8]
-    prompts: list[str]
-    token_ids: npt.NDArray[np.int64]
-    log_probs: npt.NDArray[np.float32]
-
-
-def load_golden(bundle: Bundle) -> Golden | None:
-    """The bundle's golden answers; None for a bundle without any."""
-    if bundle.manifest.golden is None:
-        return None
-    with np.load(bundle.path(bundle.manifest.golden), allow_pickle=False) as file:
-        return Golden(file["images"], file["prompts"].tolist(), file["token_ids"], file["log_probs"])
 
 
 def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> GoldenReport | None:

@@ -9,9 +9,9 @@ from statistics import fmean, median
 from typing import Any
 
 from paliedge.errors import OutputError, PaliEdgeError
-from paliedge.evaluation import Task
 from paliedge.evaluation.cases import Outcome
 from paliedge.evaluation.metrics import cost_efficiency, price_per_image, speed_efficiency
+from paliedge.evaluation.tasks import Task
 
 NO_PRICE = "no price given; set --price-per-hour"
 _DIGITS = 5

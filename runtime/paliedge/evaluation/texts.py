@@ -9,7 +9,6 @@ from typing import Protocol
 
 from paliedge.bundle.manifest import Prompts
 from paliedge.errors import ImageError, UsageError
-from paliedge.evaluation import Task
 from paliedge.evaluation.cases import Case, Outcome, Watcher, answer_each
 from paliedge.evaluation.datasets import TextExample
 from paliedge.evaluation.metrics import (
@@ -22,6 +21,7 @@ from paliedge.evaluation.metrics import (
     similarity,
     vqa_accuracy,
 )
+from paliedge.evaluation.tasks import Task
 from paliedge.results.generation import Generation
 
 

@@ -22,7 +22,7 @@ from paliedge.generation.constraints import Rule
 from paliedge.generation.decoding import GeneratedToken, Prefix, decode_greedily
 from paliedge.generation.embedding import EmbeddingTable
 from paliedge.inputs.preprocess import WHOLE, Frame
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.results.generation import DeviceTimings, FinishReason, Generation, Timings
 from paliedge.results.locations import Detection, LocationParser, parse_locations
 from paliedge.results.masks import Mask

@@ -1,23 +1,14 @@
-"""Prompt text to prefix token ids and back, as PaliGemma was trained: <bos> + text + newline.
-
-The image tokens are no ids here: their features stand in front of these. Text and separator are
-tokenised apart, so that a prompt that ends in a newline is not merged into another token.
-"""
+"""A user's words as a prompt in the model's own: templates of the tasks, and the boxes that a prompt asks for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer
+from paliedge.bundle.manifest import Prompts
+from paliedge.errors import UsageError
 
-from paliedge.bundle.manifest import Prompts, Tokens
-from paliedge.errors import BundleError, UsageError
-
-MAX_PROMPT_CHARACTERS = 100_000
 BoxTask = Literal["detect", "segment"]
 _BOX_TASK = re.compile(r"\A\s*(detect|segment)\s+(\S.*)\Z")
 
@@ -110,87 +101,3 @@ def fill(template: str, **values: str) -> str:
 def split_labels(text: str) -> list[str]:
     """`cat ; dog` to its labels."""
     return [label.strip() for label in text.split(";") if label.strip()]
-
-
-class PromptTokenizer:
-    """The bundle's tokenizer.
-
-    In a prompt `<loc0000>` ... `<loc1023>` and `<seg000>` ... `<seg127>` stand for their tokens;
-    `<image>`, `<bos>`, `<eos>` and `<pad>` are plain text.
-    """
-
-    def __init__(self, path: Path, tokens: Tokens) -> None:
-        self._path = path
-        self._tokens = tokens
-        self._tokenizer = self._load()
-
-    def encode_prefix(self, text: str, *, location_tokens: bool = True) -> list[int]:
-        """Ids of bos, `text` (without one trailing newline) and newline.
-
-        With `location_tokens` off, `<locNNNN>` and `<segNNN>` in `text` are plain text too.
-
-        Raises:
-            UsageError: `text` is longer than 100,000 characters or holds a lone surrogate.
-        """
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise UsageError(
-                expected=f"a prompt of at most {MAX_PROMPT_CHARACTERS} characters",
-                found=f"{len(text)}",
-                action="Shorten the prompt.",
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UsageError(
-                expected="a prompt of valid Unicode", found="a lone surrogate", action="Decode your input as UTF-8."
-            ) from None
-        tokenizer = self._tokenizer if location_tokens else self._plain_tokenizer
-        ids = tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False).ids
-        return [self._tokens.bos, *ids, self._tokens.newline]
-
-    def encode_label(self, label: str) -> tuple[list[int], list[int]]:
-        """Ids of a label behind its box, and of the separator behind it."""
-        tokenizer, place = self._tokenizer, f"<loc{0:04d}>"
-        ids = tokenizer.encode(f"{place} {label}", add_special_tokens=False).ids[1:]
-        both = tokenizer.encode(f"{place} {label} ; {place}", add_special_tokens=False).ids[1:-1]
-        return ids, both[len(ids) :]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; location and segmentation tokens are spelled out, control tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def decode_stream(self) -> Callable[[int], str]:
-        """A function that takes one id after another and returns the text that each completes.
-
-        The pieces joined are `decode` of the ids, but for bytes that are no UTF-8 and for a
-        character that is incomplete at the end. (`tokenizers`' own stream raises on such bytes.)
-        """
-        pending: list[int] = []
-
-        def step(token: int) -> str:
-            pending.append(token)
-            text = self.decode(pending)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps the first bytes of a character
-                return ""
-            pending.clear()
-            return text
-
-        return step
-
-    @cached_property
-    def _plain_tokenizer(self) -> Tokenizer:
-        tokenizer = self._load()
-        names = [f"<loc{index:04d}>" for index in range(self._tokens.num_locations)]
-        names += [f"<seg{index:03d}>" for index in range(self._tokens.num_segmentations)]
-        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-        return tokenizer
-
-    def _load(self) -> Tokenizer:
-        try:
-            tokenizer = Tokenizer.from_file(str(self._path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(
-                expected=f"a tokenizer in {self._path}", found=f"{error}", action="Export the bundle again."
-            ) from None
-        tokenizer.encode_special_tokens = True
-        return tokenizer

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from paliedge import PaliGemma
-from paliedge.bundle.bundle import Bundle, describe_file
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import Manifest, write_manifest
 from paliedge.diagnostics.selfcheck import check_run
 from paliedge.errors import BundleError, DeviceError, EngineMismatchError, PaliEdgeError, ResourceError, UsageError

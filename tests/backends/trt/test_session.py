@@ -32,7 +32,7 @@ from paliedge.generation.answering import EncodedImage
 from paliedge.generation.embedding import EmbeddingTable
 from paliedge.inputs.images import load_image
 from paliedge.inputs.preprocess import Preprocessor
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.results.generation import Generation
 from tests.bundles import (
     MAX_NEW_TOKENS,

@@ -19,7 +19,8 @@ from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.lora import Adapted
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint, canonical_name
-from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.exporter import export_bundle
+from paliedge_export.options import Quantization
 from tests.export.test_quantized_export import bring_samples
 from tests.tiny import make_tiny
 

@@ -13,9 +13,11 @@ import pytest
 
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Tokens
+from paliedge.bundle.precision_report import TargetReport
 from paliedge.errors import PrecisionError
 from paliedge.model import SHIPPED_BUNDLE
-from paliedge_export.gate.compare import GATES, Answer, Answers, TargetReport, check, compare
+from paliedge_export.gate.compare import GATES, check, compare
+from paliedge_export.gate.runner import Answer, Answers
 from paliedge_export.weights.samples import builtin_samples
 
 SAMPLES = builtin_samples()[:1]

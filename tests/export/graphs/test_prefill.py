@@ -16,10 +16,12 @@ from paliedge import PaliGemma
 from paliedge.backends.ort import OrtSession
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Limits, Precision
+from paliedge.bundle.precision_report import PRECISION_REPORT, PrecisionReport
 from paliedge.cli import main
 from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import UsageError
-from paliedge_export.exporter import REPORT, PrecisionReport, Quantization, export_bundle
+from paliedge_export.exporter import export_bundle
+from paliedge_export.options import Quantization
 from paliedge_export.writer import write_all_weights
 from tests.tiny import make_tiny
 
@@ -91,7 +93,7 @@ def test_it_has_8_bits_beside_the_4_of_the_decoder(bundle: Path) -> None:
     assert not {"MatMulNBits", "Gemm", "ArgMax"} & kinds
     num_layers = manifest.model.text.num_layers
     assert "the decoder's twice for a fast prefill" in CliRunner().invoke(main, ["info", str(bundle)]).output
-    report = msgspec.json.decode((bundle / REPORT).read_bytes(), type=PrecisionReport)
+    report = msgspec.json.decode((bundle / PRECISION_REPORT).read_bytes(), type=PrecisionReport)
     assert any(one.kept for one in report.sensitivity)
     layers = report.targets["cpu"].layers
     assert len(layers) == manifest.model.vision.num_layers + manifest.model.text.num_layers

@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save_file
 from paliedge.bundle.bundle import Bundle
 from paliedge.errors import UsageError
 from paliedge.inputs.preprocess import Preprocessor
-from paliedge.inputs.prompt import PromptTokenizer
+from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.config import read_config
-from paliedge_export.gate import compare
-from paliedge_export.gate.compare import Runner, collect_statistics
+from paliedge_export.gate import runner
 from paliedge_export.gate.reference import reference_steps
+from paliedge_export.gate.runner import Runner, collect_statistics
 from paliedge_export.weights.activations import Statistics, load_statistics
 from paliedge_export.weights.linears import linears
 from paliedge_export.weights.samples import Sample
@@ -91,12 +91,12 @@ def ask_transformers(tiny: Tiny, samples: list[Sample]) -> dict[str, Array]:
 def test_statistics_are_those_of_what_transformers_feeds_each_layer(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "MAX_NEW_TOKENS", NUM_TOKENS)
+    monkeypatch.setattr(runner, "MAX_NEW_TOKENS", NUM_TOKENS)
     samples = make_samples()
     found = Statistics("here")
-    runner = Runner(tiny.bundle, "cpu", statistics=True)
+    graphs = Runner(tiny.bundle, "cpu", statistics=True)
     names = {linear.name for linear in linears(read_config(tiny.checkpoint))}
-    answers = runner.answer(samples, "itself", watch=collect_statistics(found, names))
+    answers = graphs.answer(samples, "itself", watch=collect_statistics(found, names))
     tokens = {(name.split(".")[0], len(layer)) for name, layer in answers.layers.items()}
     assert tokens == {("vision_tower", len(answers.features[0])), ("language_model", 1)}
     wanted = ask_transformers(tiny, samples)

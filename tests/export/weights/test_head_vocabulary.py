@@ -19,7 +19,8 @@ from paliedge.cli import main
 from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import UsageError
 from paliedge_export.checkpoint.metadata import read_tokens
-from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.exporter import export_bundle
+from paliedge_export.options import Quantization
 from tests.paths import SHAPES_CHECKPOINT
 
 

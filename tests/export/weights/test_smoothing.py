@@ -22,7 +22,7 @@ from paliedge.bundle.manifest import Limits, Precision, Prompts
 from paliedge_export.checkpoint.config import ModelConfig, read_config
 from paliedge_export.checkpoint.metadata import read_preprocess, read_tokens
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
-from paliedge_export.gate.compare import Answers, Runner, collect_statistics
+from paliedge_export.gate.runner import Answers, Runner, collect_statistics
 from paliedge_export.weights.activations import InputStatistics, Statistics
 from paliedge_export.weights.files import Encoding, Tensors, quantized_bits
 from paliedge_export.weights.linears import linears

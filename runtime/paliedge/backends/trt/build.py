@@ -15,17 +15,21 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from paliedge.backends.trt.match import Part, choose_target, describe, describe_gpu, find_engine, parts_of, probe_gpu
+from paliedge.backends.trt.profiles import design_engine
+
 if TYPE_CHECKING:
-    from paliedge.backends.cuda import GpuInfo
+    pass
 
 from paliedge.backends.trt.builder_process import BuildCost, BuildEvent, BuildOrder
-from paliedge.backends.trt.flavours import ANY_GPU, TARGETS, TensorRt, find_flavours, load_flavour
-from paliedge.bundle.bundle import Bundle, describe_file
-from paliedge.bundle.manifest import Engine, Flavour, Graph, Manifest, Plan, Range
+from paliedge.backends.trt.flavours import TARGETS, TensorRt, find_flavours, load_flavour
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.digests import describe_file
+from paliedge.bundle.manifest import Engine, Flavour, Graph, Manifest, Plan
 from paliedge.bundle.publish import engine_staging, publish_engine, wait_for_folder
 from paliedge.errors import (
     BuildError,
@@ -45,11 +49,7 @@ from paliedge.planning.memory import (
 
 SMALLEST_WORKSPACE = 1 << 30
 """Bytes that a kernel may use for itself unless told; small, because on a Jetson they are the model's too."""
-_PROMPT_TOKENS = 16
-"""Of the prompt that prefill is tuned for."""
 
-Part = Literal["vision_encoder", "decoder", "mask_decoder"]
-PARTS: tuple[Part, ...] = ("vision_encoder", "decoder", "mask_decoder")
 Report = Callable[[str], None]
 Progress = Callable[[str, float], None]
 
@@ -112,123 +112,6 @@ def build_engine(
             engine = _name_files(engine, staging)
             publish_engine(folder, bundle.manifest, staging, engine)
     return engine
-
-
-def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: str, gpu: str) -> Engine:
-    """What is to be built from a target's graphs, its files not yet named after their content."""
-    masks = manifest.targets[target].mask_decoder
-    return Engine(
-        target=target,
-        flavour=trt.flavour,
-        version=trt.version,
-        compute_capability=capability,
-        gpu=gpu,
-        precision=manifest.targets[target].precision,
-        vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(manifest, target)),
-        decoder=Plan(file="decoder.plan", profiles=decoder_profiles(manifest, target)),
-        mask_decoder=Plan(file="mask_decoder.plan", profiles=(_profile(masks, {}),)) if masks else None,
-        timing_cache=None if trt.compiles_on_device else "engine.timing",
-    )
-
-
-def parts_of(engine: Engine) -> list[Part]:
-    """Which plans it has."""
-    return [part for part in PARTS if getattr(engine, part) is not None]
-
-
-def describe(trt: TensorRt, capability: str) -> str:
-    """Such as "TensorRT 10.3.0 on compute capability 8.7"."""
-    name = "TensorRT" if trt.flavour == "tensorrt" else "TensorRT for RTX"
-    return f"{name} {trt.version}" + ("" if capability == ANY_GPU else f" on compute capability {capability}")
-
-
-def probe_gpu() -> GpuInfo | PaliEdgeError:
-    """The GPU, or why there is none."""
-    try:
-        from paliedge.backends.cuda import gpu_info
-
-        return gpu_info()
-    except PaliEdgeError as error:
-        return error
-
-
-def describe_gpu(trt: TensorRt) -> tuple[str, str]:
-    """Compute capability and name of the GPU that plans will be good for.
-
-    Raises:
-        MissingExtraError, DeviceError: it needs a GPU, and there is none to ask.
-    """
-    if trt.compiles_on_device:
-        return ANY_GPU, "any"
-    gpu = probe_gpu()
-    if isinstance(gpu, PaliEdgeError):
-        raise gpu
-    return gpu.compute_capability, gpu.name
-
-
-def engine_for(manifest: Manifest, trt: TensorRt) -> Engine | None:
-    """The bundle's engine that this TensorRT can run on this machine's GPU."""
-    return find_engine(manifest, trt, describe_gpu(trt)[0])
-
-
-def find_engine(manifest: Manifest, trt: TensorRt, capability: str) -> Engine | None:
-    """The engine that was built for exactly this flavour, version and GPU."""
-    for engine in manifest.engines:
-        if (engine.flavour, engine.version, engine.compute_capability) == (trt.flavour, trt.version, capability):
-            return engine
-    return None
-
-
-def choose_target(manifest: Manifest, trt: TensorRt) -> str:
-    """The best of the bundle's targets that this TensorRT takes.
-
-    Raises:
-        EngineMismatchError: there is none.
-    """
-    for target in trt.targets:
-        if target in manifest.targets:
-            return target
-    raise EngineMismatchError(
-        expected=f"graphs for {describe(trt, ANY_GPU)}: target {' or '.join(trt.targets)}",
-        found=f"a bundle for {', '.join(manifest.targets)}",
-        action=f"Export it again: `paliedge export CHECKPOINT -o BUNDLE --target {trt.targets[0]}`.",
-    )
-
-
-def vision_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
-    """One picture at a time."""
-    return (_profile(manifest.targets[target].vision_encoder, {}),)
-
-
-def decoder_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
-    """Decode, then prefill.
-
-    Decode has room for a second token that it never gets: a profile of single points makes the
-    builder specialise the engine, with a second copy of all weights. "capacity" is dynamic where the
-    runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
-    """
-    limits, num_image_tokens = manifest.limits, manifest.model.vision.num_image_tokens
-    capacity = limits.capacity
-    decoder = manifest.targets[target].decoder
-    typical = min(num_image_tokens + _PROMPT_TOKENS, limits.prefix)
-    return (
-        _profile(decoder, {"sequence": (1, 1, 2), "capacity": (capacity,) * 3}),
-        _profile(decoder, {"sequence": (num_image_tokens + 1, typical, limits.prefix), "capacity": (1, 1, 1)}),
-    )
-
-
-def _profile(graph: Graph, sizes: dict[str, tuple[int, int, int]]) -> dict[str, Range]:
-    """Minimum, optimum and maximum of every input; `sizes` are those of named dimensions, batch is 1."""
-    sizes = {"batch": (1, 1, 1), **sizes}
-    return {
-        tensor.name: Range(
-            *(
-                tuple(sizes[size][place] if isinstance(size, str) else size for size in tensor.shape)
-                for place in range(3)
-            )
-        )
-        for tensor in graph.inputs
-    }
 
 
 def _first_flavour() -> TensorRt:

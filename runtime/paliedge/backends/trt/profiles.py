@@ -1,0 +1,66 @@
+"""What an engine is built for: its parts, and the sizes of their inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+from paliedge.backends.trt.flavours import TensorRt
+from paliedge.bundle.manifest import Engine, Graph, Manifest, Plan, Range
+
+_PROMPT_TOKENS = 16
+"""Of the prompt that prefill is tuned for."""
+
+
+def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: str, gpu: str) -> Engine:
+    """What is to be built from a target's graphs, its files not yet named after their content."""
+    masks = manifest.targets[target].mask_decoder
+    return Engine(
+        target=target,
+        flavour=trt.flavour,
+        version=trt.version,
+        compute_capability=capability,
+        gpu=gpu,
+        precision=manifest.targets[target].precision,
+        vision_encoder=Plan(file="vision_encoder.plan", profiles=vision_profiles(manifest, target)),
+        decoder=Plan(file="decoder.plan", profiles=decoder_profiles(manifest, target)),
+        mask_decoder=Plan(file="mask_decoder.plan", profiles=(_profile(masks, {}),)) if masks else None,
+        timing_cache=None if trt.compiles_on_device else "engine.timing",
+    )
+
+
+def vision_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
+    """One picture at a time."""
+    return (_profile(manifest.targets[target].vision_encoder, {}),)
+
+
+def decoder_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
+    """Decode, then prefill.
+
+    Decode has room for a second token that it never gets: a profile of single points makes the
+    builder specialise the engine, with a second copy of all weights. "capacity" is dynamic where the
+    runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
+    """
+    limits, num_image_tokens = manifest.limits, manifest.model.vision.num_image_tokens
+    capacity = limits.capacity
+    decoder = manifest.targets[target].decoder
+    typical = min(num_image_tokens + _PROMPT_TOKENS, limits.prefix)
+    return (
+        _profile(decoder, {"sequence": (1, 1, 2), "capacity": (capacity,) * 3}),
+        _profile(decoder, {"sequence": (num_image_tokens + 1, typical, limits.prefix), "capacity": (1, 1, 1)}),
+    )
+
+
+def _profile(graph: Graph, sizes: dict[str, tuple[int, int, int]]) -> dict[str, Range]:
+    """Minimum, optimum and maximum of every input; `sizes` are those of named dimensions, batch is 1."""
+    sizes = {"batch": (1, 1, 1), **sizes}
+    return {
+        tensor.name: Range(
+            *(
+                tuple(sizes[size][place] if isinstance(size, str) else size for size in tensor.shape)
+                for place in range(3)
+            )
+        )
+        for tensor in graph.inputs
+    }
