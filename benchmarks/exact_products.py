@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.signed_weights import sign_weights
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends import ort
 from paliedge.backends.arithmetic import Arithmetic
 from paliedge.bundle.bundle import Bundle
@@ -51,7 +51,7 @@ def measure(bundle: Path, form: str, answers: int) -> dict[str, float]:
     token: list[float] = []
     for number in range(answers + 1):
         seen = model.encode(image)
-        answer = model.generate(seen, _PROMPT, max_new_tokens=_NEW_TOKENS)
+        answer = model.generate(seen, _PROMPT, options=GenerationOptions(max_new_tokens=_NEW_TOKENS))
         if number:
             vision.append(seen.vision_ms)
             prefill.append(answer.timings.prefill_ms)

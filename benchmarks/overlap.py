@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.machine import describe_machine
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.model import SHIPPED_BUNDLE
 
 _FEWEST, _MOST = 4, 200
@@ -43,8 +43,9 @@ def make_pictures(count: int, size: int) -> list[bytes]:
 def time_answers(model: PaliGemma, pictures: Sequence[bytes], max_new_tokens: int, *, overlap: bool) -> float:
     """Seconds a picture."""
     started = time.perf_counter()
-    requests = ((picture, PROMPT) for picture in pictures)
-    for _ in model.generate_batch(requests, overlap=overlap, batch_size=1, max_new_tokens=max_new_tokens):
+    requests = ((index, picture, PROMPT) for index, picture in enumerate(pictures))
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    for _ in model.generate_batch(requests, options, overlap=overlap, batch_size=1):
         pass
     return (time.perf_counter() - started) / len(pictures)
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends import ort
 from paliedge.backends.ort import OrtCache, OrtSession
 from paliedge.bundle.bundle import Bundle
@@ -112,7 +112,7 @@ def test_streamed_pieces_are_the_answer(model: PaliGemma) -> None:
     assert tuple(piece.token_id for piece in pieces[:-1]) == whole.token_ids
     assert tuple(piece.log_prob for piece in pieces[:-1]) == whole.log_probs
     assert [piece.finish_reason for piece in pieces] == [None] * len(whole.token_ids) + ["stop"]
-    cut = list(model.stream(SCENE.image, "caption en", max_new_tokens=2))
+    cut = list(model.stream(SCENE.image, "caption en", options=GenerationOptions(max_new_tokens=2)))
     assert [piece.finish_reason for piece in cut] == [None, "length"]
 
 
@@ -125,10 +125,10 @@ def test_streamed_detections_are_those_of_the_answer(model: PaliGemma) -> None:
 def test_a_stop_at_the_limit_is_told_and_complete_boxes_are_kept(model: PaliGemma) -> None:
     whole = model.detect(SCENE.image, [LABEL])
     assert whole.finish_reason == "stop"
-    box_only = model.detect(SCENE.image, [LABEL], max_new_tokens=4)
+    box_only = model.detect(SCENE.image, [LABEL], options=GenerationOptions(max_new_tokens=4))
     assert box_only.finish_reason == "length"
     assert [item.box for item in box_only.detections] == [whole.detections[0].box]
-    part = model.detect(SCENE.image, [LABEL], max_new_tokens=3)
+    part = model.detect(SCENE.image, [LABEL], options=GenerationOptions(max_new_tokens=3))
     assert part.detections == ()
     assert part.num_malformed == 1
 
@@ -143,7 +143,7 @@ def test_times_have_an_entry_a_decode_step(model: PaliGemma) -> None:
     answer = model.generate(SCENE.image, "caption en")
     assert len(answer.timings.decode_ms) == len(answer.token_ids)  # the last step gave end-of-sequence
     assert answer.timings.total_ms > sum(answer.timings.decode_ms)
-    cut = model.generate(SCENE.image, "caption en", max_new_tokens=3)
+    cut = model.generate(SCENE.image, "caption en", options=GenerationOptions(max_new_tokens=3))
     assert len(cut.timings.decode_ms) == 2
 
 
@@ -160,7 +160,7 @@ def test_a_request_that_does_not_fit_is_refused_before_anything_runs(
     monkeypatch.setattr(OrtSession, "encode_image", fail)
     monkeypatch.setattr(OrtSession, "prefill", fail)
     with pytest.raises(UsageError):
-        model.generate(SCENE.image, prompt, max_new_tokens=options.get("max_new_tokens"))
+        model.generate(SCENE.image, prompt, options=GenerationOptions(max_new_tokens=options.get("max_new_tokens")))
     with pytest.raises(ImageError):
         model.generate(b"no image", "ocr")
 

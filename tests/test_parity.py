@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtSession
 from paliedge.bundle.bundle import Bundle
 from paliedge.generation.embedding import EmbeddingTable
@@ -200,7 +200,11 @@ def check_tokens(subject: Subject, tolerance: float = 0.0, max_ties: int | None 
     for pair in subject.pairs:
         wanted = pair.tokens
         wanted = wanted[: wanted.index(eos)] if eos in wanted else wanted
-        found = list(subject.model.generate(pair.image, pair.prompt, max_new_tokens=NUM_TOKENS, free=True).token_ids)
+        found = list(
+            subject.model.generate(
+                pair.image, pair.prompt, options=GenerationOptions(max_new_tokens=NUM_TOKENS, free=True)
+            ).token_ids
+        )
         if found != wanted:
             first = next(
                 (place for place, both in enumerate(zip(found, wanted, strict=False)) if both[0] != both[1]),
@@ -298,7 +302,12 @@ def test_the_whole_pipeline_is_transformers_own(prompt: str) -> None:
         expected = generated[0, inputs["input_ids"].shape[1] :].tolist()
         eos = ours.manifest.tokens.eos
         expected = expected[: expected.index(eos)] if eos in expected else expected
-        assert list(ours.generate(image, prompt, max_new_tokens=NUM_TOKENS, free=True).token_ids) == expected
+        assert (
+            list(
+                ours.generate(image, prompt, options=GenerationOptions(max_new_tokens=NUM_TOKENS, free=True)).token_ids
+            )
+            == expected
+        )
 
 
 @IGNORE_NUMPY_COPY

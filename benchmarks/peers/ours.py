@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.peers.harness import NUM_TOKENS, ROOT, Clock, Inputs, make_inputs, measure
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtSession, load_graph
 from paliedge.backends.select import BackendOptions
 from paliedge.backends.session import IdRange
@@ -62,10 +62,10 @@ class Ours:
         features = [self._session.encode_image(self._inputs.pixels)] if self._has_image else []
         vision = clock()
         step = self._session.prefill(self._cache, features, self._embed(self._inputs.prompt), self._all)
-        prefill, chosen, times = clock(), [step.token], []
+        prefill, chosen, times = clock(), [step.token_id], []
         for token in self._inputs.forced:
             (step,) = self._session.decode(self._cache, self._embed([token]), [self._all])
-            chosen.append(step.token)
+            chosen.append(step.token_id)
             times.append(clock())
         return {"vision": vision, "prefill": prefill, "tokens": times, "answer": clock.total(), "chosen": chosen}
 
@@ -88,7 +88,7 @@ class Ours:
         found = [self._session.prefill(self._cache, features, self._embed(self._inputs.prompt), allowed[0])]
         for token, one in zip(self._inputs.forced, allowed[1:], strict=False):
             found += self._session.decode(self._cache, self._embed([token]), [one])
-        return [(step.token, step.log_prob) for step in found]
+        return [(step.token_id, step.log_prob) for step in found]
 
 
 @contextmanager
@@ -124,13 +124,13 @@ def measure_overhead(folder: Path, num_threads: int, num_answers: int) -> dict[s
 
     Microseconds, medians over all steps but each answer's first, before which prefill is stored.
     """
-    options = BackendOptions(backend="cpu", num_threads=num_threads)
+    options = BackendOptions(backend="cpu", threads=num_threads)
     outside, steps = [], []
     with PaliGemma.load(folder, options) as model, _watch_decode_steps() as spans:
         image = model.encode(SCENE)
         for index in range(num_answers + 1):
             spans.clear()
-            model.generate(image, PROMPT, max_new_tokens=NUM_TOKENS, free=True)
+            model.generate(image, PROMPT, options=GenerationOptions(max_new_tokens=NUM_TOKENS, free=True))
             for (_, before), (begin, end) in pairwise(spans if index else ()):  # the first answer warms up
                 outside.append(begin - before)
                 steps.append(end - before)

@@ -38,7 +38,7 @@ from benchmarks.shapes.scenes import (
     caption,
     make_scene,
 )
-from paliedge import EncodedImage, Generation, PaliGemma
+from paliedge import EncodedImage, Generation, GenerationOptions, PaliGemma
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _segment(model: PaliGemma, encoded: EncodedImage, scene: Scene, tally: Tally
     for label in sorted({item.label for item in scene.objects}):
         masks = [item.mask for item in scene.objects if item.label == label]
         for name, only_asked in (("segment_mean_iou", False), ("segment_mean_iou_only_asked", True)):
-            answer = tally.time(model.segment(encoded, [label], only_asked=only_asked))
+            answer = tally.time(model.segment(encoded, [label], options=GenerationOptions(only_requested=only_asked)))
             found = [item.mask.to_array() for item in answer.detections if item.mask and item.label == label]
             tally.mask_overlaps[name] += _overlaps(masks, found)
 

@@ -81,7 +81,7 @@ def _export(target: str, precision: str, budget: float, work: Path) -> Manifest:
 
 
 def _load(work: Path, target: str, precision: str) -> PaliGemma:
-    return PaliGemma.load(work / f"{target}-{precision}", BackendOptions(num_threads=1))
+    return PaliGemma.load(work / f"{target}-{precision}", BackendOptions(threads=1))
 
 
 def _vision_bytes(manifest: Manifest, target: str) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.shapes.codebook import Codebook, load_decoder, overlap_loss, save_decoder
 from benchmarks.shapes.pool import crop_mask
 from benchmarks.shapes.scenes import HELD_OUT_SEED, Box, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 
 FIRST_SEED = 9 * HELD_OUT_SEED // 10
 """Scenes from here up to the held-out ones are in no pool that anybody draws."""
@@ -39,7 +39,7 @@ def collect_answers(model: PaliGemma, num_scenes: int) -> tuple[Tensor, Tensor]:
         encoded = model.encode(scene.image)
         for label in sorted({item.label for item in scene.objects}):
             objects = [item for item in scene.objects if item.label == label]
-            for found in model.segment(encoded, [label], only_asked=True).detections:
+            for found in model.segment(encoded, [label], options=GenerationOptions(only_requested=True)).detections:
                 overlap, place = max((_box_iou(item.box, found.box), place) for place, item in enumerate(objects))
                 if overlap >= _MIN_BOX_IOU and found.mask_codes:
                     codes.append(found.mask_codes)

@@ -3,8 +3,8 @@
 from paliedge import PaliGemma
 
 model = PaliGemma.load("bundle")
-for found in model.detect("photo.jpg", ["cat", "dog"]).detections:
-    print(found.label, found.box)
+for detection in model.detect("photo.jpg", ["cat", "dog"]).detections:
+    print(detection.label, detection.box)
 """
 
 from __future__ import annotations
@@ -13,45 +13,85 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paliedge.errors import PaliEdgeError
-    from paliedge.generation.answering import EncodedImage, Piece
+    from paliedge.backends.select import BackendOptions
+    from paliedge.errors import (
+        BuildError,
+        BundleError,
+        CheckpointError,
+        ClosedError,
+        DeviceError,
+        EngineMismatchError,
+        ImageError,
+        MissingExtraError,
+        OutputError,
+        PaliEdgeError,
+        PrecisionError,
+        ResourceError,
+        UsageError,
+    )
+    from paliedge.generation.request import EncodedImage, GenerationOptions, ImageSet
+    from paliedge.inputs.images import load_image
+    from paliedge.inputs.prompt import Prompt
     from paliedge.model import PaliGemma
     from paliedge.results.arrays import Boxes, Masks
-    from paliedge.results.generation import Generation, Timings
+    from paliedge.results.generation import DeviceTimings, Generation, Piece, Timings
     from paliedge.results.locations import Detection
     from paliedge.results.masks import Mask
 
 __version__ = "0.2.0"
 __all__ = [
+    "BackendOptions",
     "Boxes",
+    "BuildError",
+    "BundleError",
+    "CheckpointError",
+    "ClosedError",
     "Detection",
+    "DeviceError",
+    "DeviceTimings",
     "EncodedImage",
+    "EngineMismatchError",
     "Generation",
+    "GenerationOptions",
+    "ImageError",
+    "ImageSet",
     "Mask",
     "Masks",
+    "MissingExtraError",
+    "OutputError",
     "PaliEdgeError",
     "PaliGemma",
     "Piece",
+    "PrecisionError",
+    "Prompt",
+    "ResourceError",
     "Timings",
+    "UsageError",
     "__version__",
+    "load_image",
 ]
 
 _HOMES = {
-    "Boxes": "results.arrays",
-    "Detection": "results.locations",
-    "EncodedImage": "generation.answering",
-    "Generation": "results.generation",
-    "Mask": "results.masks",
-    "Masks": "results.arrays",
-    "PaliEdgeError": "errors",
-    "PaliGemma": "model",
-    "Piece": "generation.answering",
-    "Timings": "results.generation",
+    "backends.select": ("BackendOptions",),
+    "generation.request": ("EncodedImage", "GenerationOptions", "ImageSet"),
+    "inputs.images": ("load_image",),
+    "inputs.prompt": ("Prompt",),
+    "model": ("PaliGemma",),
+    "results.arrays": ("Boxes", "Masks"),
+    "results.generation": ("DeviceTimings", "Generation", "Piece", "Timings"),
+    "results.locations": ("Detection",),
+    "results.masks": ("Mask",),
 }
+"""Where the public names live; all others are errors."""
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: `paliedge --help` needs none of them."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'paliedge' has no attribute '{name}'")
-    return getattr(import_module(f"paliedge.{_HOMES[name]}"), name)
+    home = next((home for home, names in _HOMES.items() if name in names), "errors")
+    return getattr(import_module(f"paliedge.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

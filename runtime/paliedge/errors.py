@@ -32,6 +32,13 @@ class UsageError(PaliEdgeError):
     exit_code = 2
 
 
+class ClosedError(PaliEdgeError):
+    """A question to a model that was closed."""
+
+    def __init__(self) -> None:
+        super().__init__(expected="an open model", found="one that was closed", action="Load the bundle again.")
+
+
 class CheckpointError(PaliEdgeError):
     """A checkpoint that cannot be exported: missing, gated, incomplete or of another shape."""
 

@@ -19,7 +19,7 @@ from paliedge.bundle.bundle import Bundle
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
 from paliedge.errors import DeviceError, EngineMismatchError, MissingExtraError, PaliEdgeError, ResourceError
-from paliedge.model import DEFAULT_OPTIONS, SHIPPED_BUNDLE
+from paliedge.model import DEFAULT_BACKEND, SHIPPED_BUNDLE
 from paliedge.planning.memory import FreeMemory
 from tests.bundles import RTX_VERSION, copy_bundle
 from tests.fakes.cuda_runtime import ALLOCATING, FakeCuda
@@ -59,7 +59,7 @@ def with_both_flavours(with_engine: Path, tmp_path_factory: pytest.TempPathFacto
     return bundle
 
 
-def open_and_close(bundle: Path, options: BackendOptions = DEFAULT_OPTIONS) -> str:
+def open_and_close(bundle: Path, options: BackendOptions = DEFAULT_BACKEND) -> str:
     """What is said; exactly one line is."""
     lines: list[str] = []
     with closing(open_session(Bundle(bundle), options, lines.append)):
@@ -100,7 +100,7 @@ def opens_anything(bundle: Bundle, target: str, num_threads: int, provider: str)
 
 def test_the_chosen_one_gets_its_options(with_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paliedge.backends.ort.OrtSession", OpenedOrt)
-    session: Any = open_session(Bundle(with_engine), BackendOptions("cpu", num_threads=3), lambda line: None)
+    session: Any = open_session(Bundle(with_engine), BackendOptions("cpu", threads=3), lambda line: None)
     assert session.chosen == ("jetpack6", 3, "cpu")
     for options in (BackendOptions(use_cuda_graph=False), BackendOptions(sequential=True)):
         with fake_machine(tmp_path / "machine", tensorrt=TENSORRT, cuda=FakeCuda()) as machine:

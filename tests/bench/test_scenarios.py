@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paliedge import Generation, Timings
+from paliedge import Generation, GenerationOptions, Timings
 from paliedge.bench import scenarios
 from paliedge.bench.power import CountingMeter
 from paliedge.bench.record import Run
@@ -43,10 +43,12 @@ class ScriptedModel:
     def generate(self, image: Any, prompt: str, **rest: Any) -> Generation:
         return self._answer(self.seconds)
 
-    def generate_batch(self, pairs: Iterable[Any], *, batch_size: int, **rest: Any) -> Iterator[Generation]:
+    def generate_batch(
+        self, requests: Iterable[Any], options: GenerationOptions, *, batch_size: int
+    ) -> Iterator[tuple[Any, Generation]]:
         self.batches.append(batch_size)
-        for _ in pairs:
-            yield self._answer(self.seconds / 2)
+        for key, _, _ in requests:
+            yield key, self._answer(self.seconds / 2)
 
     def _answer(self, seconds: float) -> Generation:
         self.clock.now += seconds

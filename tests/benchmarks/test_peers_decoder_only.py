@@ -231,8 +231,8 @@ def test_disagreement_ends_with_1_behind_the_result(tmp_path: Path, monkeypatch:
 
 def test_ours_has_no_vision_encoder_beside_peers_without_one() -> None:
     alone, whole = Ours(SHIPPED_BUNDLE, 1, num_prefix=4), Ours(SHIPPED_BUNDLE, 1)
-    assert alone._session._vision is None
-    assert whole._session._vision is not None
+    assert alone._session._graphs.vision is None
+    assert whole._session._graphs.vision is not None
     assert len(alone.answer()["chosen"]) == len(whole.answer()["chosen"]) == NUM_TOKENS
 
 

@@ -74,11 +74,11 @@ def test_verify_finds_a_machine_that_computes_something_else(tmp_path: Path) -> 
 
 def test_verify_finds_a_machine_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from paliedge.backends.ort import OrtSession
-    from paliedge.backends.session import Step
+    from paliedge.backends.session import GeneratedToken
     from paliedge.bundle.bundle import Bundle
 
     eos = Bundle(SHIPPED_BUNDLE).manifest.tokens.eos
-    monkeypatch.setattr(OrtSession, "prefill", lambda *_: Step(eos, 0.0))
+    monkeypatch.setattr(OrtSession, "prefill", lambda *_: GeneratedToken(eos, 0.0))
     result = run("verify")
     assert result.exit_code == 3
     assert "tokens [] instead of" in result.stderr

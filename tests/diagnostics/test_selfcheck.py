@@ -18,7 +18,7 @@ from paliedge import model
 from paliedge.backends.cuda import GpuInfo
 from paliedge.backends.ort import OrtCache, OrtSession
 from paliedge.backends.select import BackendOptions
-from paliedge.backends.session import FloatArray, IdRange, Step
+from paliedge.backends.session import FloatArray, GeneratedToken, IdRange
 from paliedge.backends.trt import build
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
@@ -69,16 +69,16 @@ class FakeGpu(OrtSession):
         prompt_embeds: FloatArray,
         allowed: IdRange,
         row: int = 0,
-    ) -> Step:
+    ) -> GeneratedToken:
         return super().prefill(cache, image_features, prompt_embeds, allowed, row)._replace(device_ms=2.5)
 
-    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
+    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         self.num_steps += 1
         if self.leak and self.num_steps <= self.leaks_until:
             self.kept.append(np.ones(self.leak, np.uint8))
         (step,) = super().decode(cache, inputs_embeds, allowed)
         error = self.graph_error if self.options.use_cuda_graph else 0.0
-        return [Step(step.token, step.log_prob + error, 0.5)]
+        return [GeneratedToken(step.token_id, step.log_prob + error, 0.5)]
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(bundle: Path = SHIPPED_BUNDLE, num_decodes: int = NUM_DECODES, **options: Any) -> RunReport:
-    return check_run(Bundle(bundle), BackendOptions(num_threads=1, **options), num_decodes)
+    return check_run(Bundle(bundle), BackendOptions(threads=1, **options), num_decodes)
 
 
 def test_the_shipped_bundle_passes_on_the_cpu() -> None:

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import Generation, PaliGemma
+from paliedge import Generation, GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtCache, OrtSession
-from paliedge.backends.session import FloatArray, IdRange, Step
+from paliedge.backends.session import FloatArray, GeneratedToken, IdRange
 from paliedge.bundle.manifest import Limits
-from paliedge.errors import ImageError, PaliEdgeError, UsageError
+from paliedge.errors import ImageError, UsageError
 from paliedge_export.exporter import export_bundle
+from tests.answers import answer_together
 from tests.tiny import make_tiny
 
 IMAGES = [np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), np.uint8) for seed in range(3)]
@@ -41,7 +42,7 @@ def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     decode = OrtSession.decode
 
-    def count(session: OrtSession, cache: OrtCache, embeds: FloatArray, allowed: list[IdRange]) -> list[Step]:
+    def count(session: OrtSession, cache: OrtCache, embeds: FloatArray, allowed: list[IdRange]) -> list[GeneratedToken]:
         found.append(len(allowed))
         return decode(session, cache, embeds, allowed)
 
@@ -82,7 +83,7 @@ def test_a_batch_gives_what_each_request_gives_alone(
         alone = [model.generate(image, prompt) for image, prompt in REQUESTS]
         for size in (2, 5, 64):
             widths.clear()
-            found = list(model.generate_batch(REQUESTS, batch_size=size))
+            found = answer_together(model, REQUESTS, batch_size=size)
             for one, other in zip(found, alone, strict=True):
                 assert_same(one, other, 2e-2 if precision == "int4" else 2e-3)  # 8-bit activations may round apart
             assert max(widths) > 1
@@ -94,7 +95,7 @@ def test_int8_on_the_cpu_answers_one_after_another(tmp_path: Path, widths: list[
     with closing(load_tiny(tmp_path, "paligemma", "cpu", "int8")) as model:
         assert not model.manifest.targets["cpu"].independent_rows
         alone = [model.generate(image, prompt) for image, prompt in REQUESTS]
-        for one, other in zip(model.generate_batch(REQUESTS, batch_size=4), alone, strict=True):
+        for one, other in zip(answer_together(model, REQUESTS, batch_size=4), alone, strict=True):
             assert one.token_ids == other.token_ids
             assert one.log_probs == other.log_probs
         assert set(widths) == {1}
@@ -108,9 +109,10 @@ def test_real_answers_of_different_length_with_boxes_masks_and_restricted_labels
     for scene in scenes:
         encoded, label = shapes.encode(scene.image), scene.objects[0].label
         requests += [(encoded, f"detect {label} ; red star"), (encoded, f"segment {label}")]
-    for only_asked in (False, True):
-        alone = [shapes.generate(*request, only_asked=only_asked) for request in requests]
-        found = list(shapes.generate_batch(requests, batch_size=4, only_asked=only_asked))
+    for only_requested in (False, True):
+        options = GenerationOptions(only_requested=only_requested)
+        alone = [shapes.generate(*request, options) for request in requests]
+        found = answer_together(shapes, requests, options, batch_size=4)
         for one, other in zip(found, alone, strict=True):
             assert_same(one, other)
             assert [bool(item.mask) for item in one.detections] == [bool(item.mask) for item in other.detections]
@@ -125,23 +127,56 @@ def test_a_bad_picture_is_told_in_its_turn_and_the_others_are_answered(
 ) -> None:
     scenes = [make_scene(HELD_OUT_SEED + seed).image for seed in range(4)]
     pictures: list[Any] = [*scenes[:2], b"no picture", *scenes[2:], b""]
-    requests = [(picture, "ocr") for picture in pictures]
-    events: list[str | PaliEdgeError] = []
-    for answer in shapes.generate_batch(requests, batch_size=size, overlap=overlap, on_error=events.append):
-        events.append(answer.text)
+    keyed = [(f"picture {index}", picture, "ocr") for index, picture in enumerate(pictures)]
     expected = [shapes.ocr(image).text for image in scenes]
-    assert [event for event in events if isinstance(event, str)] == expected
-    assert [place for place, event in enumerate(events) if isinstance(event, ImageError)] == [2, 5]
+    found = list(shapes.generate_batch(keyed, batch_size=size, overlap=overlap))
+    assert [key for key, _ in found] == [key for key, _, _ in keyed]
+    assert [answer.text for _, answer in found if isinstance(answer, Generation)] == expected
+    assert [index for index, (_, answer) in enumerate(found) if isinstance(answer, ImageError)] == [2, 5]
 
-    answers = shapes.generate_batch(requests, batch_size=size, overlap=overlap)
-    assert [next(answers).text, next(answers).text] == expected[:2]
-    with pytest.raises(ImageError):
-        next(answers)
+
+def test_an_error_in_place_of_a_picture_comes_out_in_its_turn(shapes: PaliGemma) -> None:
+    scene, error = make_scene(HELD_OUT_SEED).image, ImageError(expected="a frame", found="none", action="Wait.")
+    keyed: list[tuple[int, Any, str]] = [(0, error, "ocr"), (1, scene, "ocr"), (2, error, "ocr"), (3, error, "ocr")]
+    found = dict(shapes.generate_batch(keyed, batch_size=2))
+    assert list(found) == [0, 1, 2, 3]
+    assert isinstance(found.pop(1), Generation)
+    assert set(map(id, found.values())) == {id(error)}
+
+
+def test_an_error_that_is_first_is_told_before_the_next_picture_is_asked_for(shapes: PaliGemma) -> None:
+    """A camera that is lost may be silent for long."""
+    error = ImageError(expected="a frame", found="none", action="Wait.")
+
+    def pictures() -> Iterator[tuple[int, Any, str]]:
+        yield 0, error, "ocr"
+        pytest.fail("the next one was asked for")
+
+    assert next(shapes.generate_batch(pictures())) == (0, error)
+
+
+def test_a_batch_that_is_left_gives_its_cache_to_the_next(shapes: PaliGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    new_cache = OrtSession.new_cache
+
+    def count(session: OrtSession, batch: int = 1) -> OrtCache:
+        made.append(batch)
+        return new_cache(session, batch)
+
+    monkeypatch.setattr(OrtSession, "new_cache", count)
+    scene = make_scene(HELD_OUT_SEED).image
+    expected = shapes.ocr(scene).text
+    for size in (6, 6, 4):
+        answers = shapes.generate_batch(((key, scene, "ocr") for key in range(9)), batch_size=size)
+        assert isinstance(first := next(answers)[1], Generation)
+        assert first.text == expected
+        answers.close()  # type: ignore[attr-defined]  # it is a generator
+    assert made == [6]
 
 
 def test_a_batch_of_nothing_is_refused(shapes: PaliGemma) -> None:
     with pytest.raises(UsageError):
-        list(shapes.generate_batch([], batch_size=0))
+        shapes.generate_batch([], batch_size=0)
     assert list(shapes.generate_batch([])) == []
 
 
@@ -158,7 +193,7 @@ def test_overlap_encodes_the_next_image_in_another_thread_while_this_one_is_deco
             second_began.set()
         return encode(session, pixels)
 
-    def spy_decode(session: OrtSession, *rest: Any) -> list[Step]:
+    def spy_decode(session: OrtSession, *rest: Any) -> list[GeneratedToken]:
         decoding.set()
         assert second_began.wait(20)  # without overlap this would never come
         return decode(session, *rest)
@@ -173,5 +208,5 @@ def test_overlap_encodes_the_next_image_in_another_thread_while_this_one_is_deco
                 assert decoding.wait(20)
             yield picture, "caption en"
 
-    assert len(list(shapes.generate_batch(slowly(), batch_size=1, overlap=True))) == 5
+    assert len(answer_together(shapes, slowly(), batch_size=1, overlap=True)) == 5
     assert threading.get_ident() not in threads

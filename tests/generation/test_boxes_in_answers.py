@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
-from paliedge import Generation, PaliGemma
-from paliedge.backends.session import IdRange, Step
+from paliedge import Generation, GenerationOptions, PaliGemma
+from paliedge.backends.session import GeneratedToken, IdRange
 from paliedge.bundle.manifest import Limits
 from paliedge.errors import UsageError
 from paliedge_export.exporter import export_bundle
@@ -45,7 +45,7 @@ def push_locations(model: PaliGemma) -> PaliGemma:
     session = model._session
     decode, count = session.decode, [0]
 
-    def loud(cache: object, embeds: npt.NDArray[np.float32], allowed: Sequence[IdRange]) -> list[Step]:
+    def loud(cache: object, embeds: npt.NDArray[np.float32], allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         count[0] += 1
         tokens = model.manifest.tokens
         first, last = tokens.first_location, tokens.first_location + tokens.num_locations - 1
@@ -63,7 +63,7 @@ def whole(answer: Generation) -> Generation:
 
 
 def test_a_model_that_misbehaves_says_malformed_boxes_only_when_it_is_free(model: PaliGemma) -> None:
-    free = [model.detect(image, LABELS, free=True) for image in IMAGES]
+    free = [model.detect(image, LABELS, options=GenerationOptions(free=True)) for image in IMAGES]
     held = [whole(model.detect(image, LABELS)) for image in IMAGES]
     assert sum(answer.num_malformed for answer in free) > 3
     assert sum(len(answer.detections) for answer in held) > 3
@@ -85,15 +85,15 @@ def test_every_segment_has_a_mask_of_its_own_codes(model: PaliGemma) -> None:
 
 def test_labels_are_held_to_those_that_are_asked_for(model: PaliGemma) -> None:
     free = {item.label for image in IMAGES for item in model.detect(image, LABELS).detections}
-    held = [model.detect(image, LABELS, only_asked=True) for image in IMAGES]
+    held = [model.detect(image, LABELS, options=GenerationOptions(only_requested=True)) for image in IMAGES]
     found = {item.label for answer in held for item in answer.detections[:-1]}  # the last may be cut
     assert free - set(LABELS), "the model says other labels when it may"
     assert found
     assert found <= set(LABELS)
     with pytest.raises(UsageError, match="not free"):
-        model.detect(IMAGES[0], LABELS, free=True, only_asked=True)
+        model.detect(IMAGES[0], LABELS, options=GenerationOptions(free=True, only_requested=True))
     with pytest.raises(UsageError, match="another prompt"):
-        model.generate(IMAGES[0], "caption en", only_asked=True)
+        model.generate(IMAGES[0], "caption en", options=GenerationOptions(only_requested=True))
 
 
 def test_a_prompt_of_ones_own_is_held_like_the_method(model: PaliGemma) -> None:

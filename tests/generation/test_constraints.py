@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paliedge.bundle.manifest import Tokens
-from paliedge.generation.constraints import BoxRule, Choice, anything
+from paliedge.generation.constraints import AllowedTokens, BoxConstraint, allow_all
 from paliedge.results.locations import parse_locations
 
 pytestmark = pytest.mark.bare
@@ -35,11 +35,11 @@ def decode(ids: object) -> str:
     return "".join(" ;" if token == SEPARATOR else f" w{token}" for token in ids)
 
 
-def may_come(choice: Choice, token: int) -> bool:
+def may_come(choice: AllowedTokens, token: int) -> bool:
     return token in choice if isinstance(choice, frozenset) else choice[0] <= token <= choice[1]
 
 
-def say_at_random(rule: BoxRule, seed: int, length: int) -> list[int]:
+def say_at_random(rule: BoxConstraint, seed: int, length: int) -> list[int]:
     """What a model says whose every token is drawn at random, locations more often than there are of them."""
     rng = random.Random(seed)
     said: list[int] = []
@@ -60,7 +60,7 @@ def say_at_random(rule: BoxRule, seed: int, length: int) -> list[int]:
 @given(st.integers(0, 2**31), st.booleans(), st.sampled_from([None, LABELS]))
 @settings(deadline=None, max_examples=300)
 def test_whatever_is_said_holds_no_malformed_box(seed: int, masks: bool, labels: tuple[list[int], ...] | None) -> None:
-    rule = BoxRule(TOKENS, masks=masks, labels=labels, separator=[SEPARATOR])
+    rule = BoxConstraint(TOKENS, masks=masks, labels=labels, separator=[SEPARATOR])
     said = say_at_random(rule, seed, 120)
     if len(said) == 120:  # cut off: what is begun is not whole
         while said and not (said[-1] >= 100 and rule_restarts(said)):
@@ -91,7 +91,7 @@ def test_an_answer_that_is_well_formed_may_be_given(masks: bool) -> None:
         [50, 150, 160, 151, 161, *mask, 20, 150, 160, 151, 161, *mask, 30],
     ]
     for answer in answers:
-        rule = BoxRule(TOKENS, masks=masks)
+        rule = BoxConstraint(TOKENS, masks=masks)
         before: int | None = None
         for token in [*answer, TOKENS.eos]:
             assert may_come(rule(before), token), (answer, token)
@@ -116,7 +116,7 @@ def test_an_answer_that_is_well_formed_may_be_given(masks: bool) -> None:
     ],
 )
 def test_a_token_that_would_break_a_box_may_not_come(said: list[int], refused: int) -> None:
-    rule = BoxRule(TOKENS, masks=False)
+    rule = BoxConstraint(TOKENS, masks=False)
     choice = rule(None)
     for token in said:
         assert may_come(choice, token)
@@ -125,7 +125,7 @@ def test_a_token_that_would_break_a_box_may_not_come(said: list[int], refused: i
 
 
 def test_masks_are_asked_for_in_full() -> None:
-    rule = BoxRule(TOKENS, masks=True)
+    rule = BoxConstraint(TOKENS, masks=True)
     for token in (None, 200, 300, 400):
         rule(token)
     choices = [rule(500), *(rule(1200) for _ in range(16))]
@@ -134,7 +134,7 @@ def test_masks_are_asked_for_in_full() -> None:
 
 
 def test_labels_are_those_that_were_asked_for() -> None:
-    rule = BoxRule(TOKENS, masks=False, labels=LABELS, separator=[SEPARATOR, 11])
+    rule = BoxConstraint(TOKENS, masks=False, labels=LABELS, separator=[SEPARATOR, 11])
     for token in (None, 200, 300, 400):
         rule(token)
     assert [rule(token) for token in (500, 20, 22, 23, SEPARATOR, 11)] == [
@@ -148,5 +148,5 @@ def test_labels_are_those_that_were_asked_for() -> None:
 
 
 def test_without_a_rule_every_token_may_come() -> None:
-    rule = anything(TOKENS)
+    rule = allow_all(TOKENS)
     assert rule(None) == rule(1124) == (0, 1251)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, ImageSet, PaliGemma
 from paliedge.bundle.manifest import Limits
 from paliedge.errors import UsageError
 from paliedge.inputs.video import read_video
@@ -59,14 +59,18 @@ def reference(both: Both, images: list[np.ndarray], prompt: str) -> list[int]:
 def test_the_answer_is_transformers_own(both: Both, count: int) -> None:
     for prompt in ("caption en", "answer en how many stars are there?"):
         images = IMAGES[:count]
-        found = both.ours.generate(images, prompt, max_new_tokens=NUM_TOKENS, free=True)
+        found = both.ours.generate(
+            ImageSet(*images), prompt, options=GenerationOptions(max_new_tokens=NUM_TOKENS, free=True)
+        )
         assert list(found.token_ids) == reference(both, images, prompt)
         assert found.image_wh == (40, 30)
 
 
 def test_every_image_and_their_order_matter(both: Both) -> None:
     def ask(*places: int) -> tuple[float, ...]:
-        return both.ours.ocr([IMAGES[place] for place in places], max_new_tokens=3).log_probs
+        return both.ours.ocr(
+            ImageSet(*(IMAGES[place] for place in places)), options=GenerationOptions(max_new_tokens=3)
+        ).log_probs
 
     answers = {ask(0, 1), ask(1, 0), ask(0, 2), ask(0), ask(1)}
     assert len(answers) == 5
@@ -74,10 +78,10 @@ def test_every_image_and_their_order_matter(both: Both) -> None:
 
 def test_encoded_images_are_taken_and_only_new_ones_are_timed(both: Both) -> None:
     encoded = both.ours.encode(IMAGES[0])
-    mixed = both.ours.caption([encoded, IMAGES[1]])
-    assert mixed.token_ids == both.ours.caption(IMAGES[:2]).token_ids
+    mixed = both.ours.caption(ImageSet(encoded, IMAGES[1]))
+    assert mixed.token_ids == both.ours.caption(ImageSet(*IMAGES[:2])).token_ids
     assert mixed.timings.vision_ms > 0
-    assert both.ours.caption([encoded, encoded]).timings.vision_ms == 0
+    assert both.ours.caption(ImageSet(encoded, encoded)).timings.vision_ms == 0
 
 
 def test_frames_of_a_video_are_the_images_of_one_prompt(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_frames_of_a_video_are_the_images_of_one_prompt(tmp_path: Path) -> None:
         assert len(frames) == 2
 
         def ask(images: Sequence[Image.Image | np.ndarray]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-            answer = model.ask(images, "how many circles are there?")
+            answer = model.ask(ImageSet(*images), "how many circles are there?")
             return answer.token_ids, answer.log_probs
 
         assert ask(frames) == ask(arrays)
@@ -103,7 +107,7 @@ def test_frames_of_a_video_are_the_images_of_one_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 5])
 def test_more_images_than_fit_or_none_are_refused(both: Both, count: int) -> None:
     with pytest.raises(UsageError, match="--max-images"):
-        both.ours.caption((IMAGES * 2)[:count])
+        both.ours.caption(ImageSet(*(IMAGES * 2)[:count]))
 
 
 def test_what_a_prompt_made_of_an_image_is_no_good_for_another_prompt(both: Both) -> None:
@@ -114,8 +118,16 @@ def test_what_a_prompt_made_of_an_image_is_no_good_for_another_prompt(both: Both
     kept = []
     for prompt in ("caption en", "ocr"):
         cache = session.new_cache()
-        prefix = both.ours._tokenizer.encode_prefix(prompt)
+        prefix = both.ours._make_request._tokenizer.encode_prefix(prompt)
         session.prefill(cache, [encoded.features], embed(prefix), (0, 9))
         kept.append({name: rows[:, :, :num_image_tokens].copy() for name, rows in cache.buffers.items()})
     for name, rows in kept[0].items():
         assert np.allclose(rows, kept[1][name], atol=1e-5) == (".0." in name), name
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_a_list_of_pictures_is_refused_with_both_things_it_may_mean(
+    both: Both, make: type[list[Any]] | type[tuple[Any, ...]]
+) -> None:
+    with pytest.raises(UsageError, match=r"ImageSet.*generate_batch"):
+        both.ours.detect(make(IMAGES[:2]), "red circle")  # type: ignore[arg-type]  # the point of the test

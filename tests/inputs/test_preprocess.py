@@ -108,7 +108,7 @@ def test_a_letterboxed_picture_keeps_its_proportions_in_its_frame(
     size_wh: tuple[int, int], frame: tuple[float, float, float, float]
 ) -> None:
     preprocess = letterboxed()
-    assert preprocess.frame(size_wh) == pytest.approx(frame)
+    assert preprocess.content_box(size_wh) == pytest.approx(frame)
     square = np.asarray(preprocess.fit(Image.new("RGB", size_wh, (250, 0, 0))))
     x1, y1, x2, y2 = (round(40 * edge) for edge in frame)
     assert (square[y1:y2, x1:x2] == (250, 0, 0)).all()
@@ -120,5 +120,5 @@ def test_a_letterboxed_picture_keeps_its_proportions_in_its_frame(
 
 def test_a_squashed_picture_fills_the_square() -> None:
     preprocess = Preprocessor(Preprocess(resample="bicubic", mean=HALF, std=HALF), 40)
-    assert preprocess.frame((80, 40)) == (0, 0, 1, 1)
+    assert preprocess.content_box((80, 40)) == (0, 0, 1, 1)
     assert (np.asarray(preprocess.fit(Image.new("RGB", (80, 40), (250, 0, 0)))) == (250, 0, 0)).all()

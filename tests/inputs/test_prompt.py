@@ -12,8 +12,10 @@ from transformers import AutoTokenizer
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
 from paliedge.bundle.manifest import Prompts, Tokens
 from paliedge.errors import BundleError, UsageError
-from paliedge.inputs.prompt import Prompt, answer_prompt, caption_prompt, ocr_prompt, question_prompt
+from paliedge.inputs.prompt import Prompt, PromptMaker
 from paliedge.inputs.tokenizer import MAX_PROMPT_CHARACTERS, PromptTokenizer
+
+PROMPTS = PromptMaker(Prompts())
 
 
 @pytest.fixture(scope="module")
@@ -159,26 +161,26 @@ def test_ids_that_are_no_utf_8_neither_end_a_stream_nor_cost_other_text(
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
-        (caption_prompt(Prompts()), "caption en"),
-        (caption_prompt(Prompts(), "de", "cap"), "cap de"),
-        (caption_prompt(Prompts(), style="describe"), "describe en"),
-        (caption_prompt(Prompts(), "fr", "describe"), "describe fr"),
-        (answer_prompt(Prompts(), "why?"), "answer en why?"),
-        (answer_prompt(Prompts(), "why?", "de"), "answer de why?"),
-        (question_prompt(Prompts(), "two"), "question en two"),
-        (question_prompt(Prompts(), "two", "es"), "question es two"),
-        (ocr_prompt(Prompts()), "ocr"),
+        (PROMPTS.caption(), "caption en"),
+        (PROMPTS.caption("de", "cap"), "cap de"),
+        (PROMPTS.caption(style="describe"), "describe en"),
+        (PROMPTS.caption("fr", "describe"), "describe fr"),
+        (PROMPTS.ask("why?"), "answer en why?"),
+        (PROMPTS.ask("why?", "de"), "answer de why?"),
+        (PROMPTS.question("two"), "question en two"),
+        (PROMPTS.question("two", "es"), "question es two"),
+        (PROMPTS.ocr(), "ocr"),
     ],
 )
 def test_unless_told_a_checkpoint_is_asked_in_the_words_of_the_mixed_ones(prompt: Prompt, text: str) -> None:
     assert prompt == Prompt(text)
 
 
-@pytest.mark.parametrize("make", [answer_prompt, question_prompt])
+@pytest.mark.parametrize("make", [PROMPTS.ask, PROMPTS.question])
 def test_a_question_has_words(make: Any) -> None:
-    assert make(Prompts(), "why?").text.endswith(" why?")
+    assert make("why?").text.endswith(" why?")
     with pytest.raises(UsageError, match="no text"):
-        make(Prompts(), " ")
+        make(" ")
 
 
 def test_a_file_that_is_no_tokenizer_is_a_bundle_error(tmp_path: Path, tokens: Tokens) -> None:

@@ -90,7 +90,7 @@ def test_a_video_gives_every_nth_frame_with_name_and_time(tmp_path: Path) -> Non
     items = list(open_source(str(path), FrameOptions(every=2)))
     assert [item.name for item in items] == [f"{path}#0", f"{path}#2", f"{path}#4"]
     assert [item.time_s for item in items] == pytest.approx([0, 0.2, 0.4])
-    assert {(item.film, item.stem) for item in items} == {(path, "v")}
+    assert {(item.video, item.stem) for item in items} == {(path, "v")}
 
 
 def test_a_bad_video_costs_only_itself(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_live_sources_are_named_without_secrets(
 
 
 def test_the_stem_of_a_live_source_keeps_its_dots() -> None:
-    assert Item("10.0.0.2#1", film=Path("10.0.0.2")).stem == "10.0.0.2"
+    assert Item("10.0.0.2#1", video=Path("10.0.0.2")).stem == "10.0.0.2"
 
 
 class FakeSource:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import paliedge
+from paliedge import GenerationOptions
 from paliedge.errors import MissingExtraError, OutputError, UsageError
 from paliedge.model import SHIPPED_BUNDLE, PaliGemma
 from paliedge.results.generation import Generation, Timings
@@ -184,8 +185,8 @@ def test_the_picture_is_no_part_of_equality_or_repr() -> None:
 def test_a_model_gives_answers_that_can_be_plotted() -> None:
     picture = Image.new("RGB", (40, 30), "red")
     with PaliGemma.load(SHIPPED_BUNDLE) as model:
-        found = model.ocr(picture, max_new_tokens=1)
-        again = model.ocr(model.encode(picture), max_new_tokens=1)
+        found = model.ocr(picture, options=GenerationOptions(max_new_tokens=1))
+        again = model.ocr(model.encode(picture), options=GenerationOptions(max_new_tokens=1))
     for each in (found, again):
         assert each.image is not None
         assert each.image.tobytes() == picture.tobytes()

@@ -70,7 +70,7 @@ def test_csv_has_a_row_a_box_and_one_for_a_text() -> None:
 def test_forms_for_text_say_when_a_frame_was_shown(form: Format) -> None:
     output = io.StringIO()
     writer = open_writer(form, output.write)
-    writer.add(Path("film.mp4#3"), answer(CAT), 1 / 3)
+    writer.add(Path("video.mp4#3"), answer(CAT), 1 / 3)
     writer.finish()
     text = output.getvalue()
     rows = list(csv.DictReader(io.StringIO(text))) if form == "csv" else [json.loads(text.strip("[]\n"))]
@@ -189,8 +189,8 @@ def test_labelme_files_say_all_that_labelme_reads(tmp_path: Path) -> None:
 def test_a_labelme_file_of_a_frame_holds_the_picture_which_is_no_file(tmp_path: Path) -> None:
     frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 200, 3), np.uint8))
     writer = open_writer("labelme", print, tmp_path, ASKED)
-    writer.add(Path("film-3.png"), answer(CAT, image=frame), 0.5)
-    content = json.loads((tmp_path / "film-3.json").read_text())
+    writer.add(Path("video-3.png"), answer(CAT, image=frame), 0.5)
+    content = json.loads((tmp_path / "video-3.json").read_text())
     with Image.open(io.BytesIO(base64.b64decode(content["imageData"]))) as held:
         assert np.array_equal(np.asarray(held), np.asarray(frame))
 
@@ -236,8 +236,8 @@ def test_only_those_that_tell_errors_have_a_place_for_them() -> None:
     output: list[str] = []
     for form in ("csv", "coco"):
         writer = open_writer(form, output.append, None, ASKED)
-        assert not writer.tells_errors
+        assert not writer.reports_errors
         writer.fail(ONE, BAD)
         writer.finish()
     assert output == []
-    assert open_writer("json", print).tells_errors
+    assert open_writer("json", print).reports_errors

@@ -222,7 +222,9 @@ def test_boxes_in_a_letterbox_are_mapped_back_and_cut_to_the_image() -> None:
 
 def test_boxes_without_a_label_have_the_only_one_that_was_asked_for() -> None:
     token_ids = ids_from(*A, " ;", *A, *B, " dog")
-    found, _ = parse_locations(token_ids, [0.0] * len(token_ids), TOKENS, decode, (WIDTH, HEIGHT), asked="left cat")
+    found, _ = parse_locations(
+        token_ids, [0.0] * len(token_ids), TOKENS, decode, (WIDTH, HEIGHT), requested_label="left cat"
+    )
     assert [item.label for item in found] == ["left cat", "left cat", "dog"]
 
 

@@ -6,17 +6,17 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from packaging.version import Version
 
 from paliedge.backends.arithmetic import Arithmetic, Kind, measure_rate, probe
-from paliedge.backends.session import FloatArray, IdRange, IntArray, Step, present_name
+from paliedge.backends.session import FloatArray, GeneratedToken, IdRange, IntArray, present_name
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Manifest, Target
-from paliedge.errors import BundleError, EngineMismatchError, MissingExtraError
+from paliedge.errors import BundleError, ClosedError, EngineMismatchError, MissingExtraError
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 """Wheels from 1.29 on write a device id into the user's cache and look for a server. Not from a robot."""
@@ -122,11 +122,20 @@ class OrtCache:
                 self._rows[:, row, :, self.lengths[row]] = self._new_rows[:, row, :, 0]
         self.lengths[rows] += 1
 
-    def steps(self, rows: slice) -> list[Step]:
+    def steps(self, rows: slice) -> list[GeneratedToken]:
         """What the last step put out for `rows`."""
         return [
-            Step(*pair) for pair in zip(self.next_tokens[rows].tolist(), self.log_probs[rows].tolist(), strict=True)
+            GeneratedToken(*pair)
+            for pair in zip(self.next_tokens[rows].tolist(), self.log_probs[rows].tolist(), strict=True)
         ]
+
+
+class _Graphs(NamedTuple):
+    """The loaded graphs of an open session."""
+
+    vision: ort.InferenceSession
+    decoder: ort.InferenceSession
+    prefill: ort.InferenceSession | None
 
 
 class OrtSession:
@@ -161,26 +170,32 @@ class OrtSession:
         self._bundle = bundle
         self._masks: ort.InferenceSession | None = None
         # The decoder first: while its head is copied into the kernels' order, the head is there twice.
-        self._decoder = load_graph(bundle.path(self._target.decoder.file), num_threads, provider, plan_memory=small)
-        self._prefill: ort.InferenceSession | None = None
+        decoder = load_graph(bundle.path(self._target.decoder.file), num_threads, provider, plan_memory=small)
+        prefill: ort.InferenceSession | None = None
         if self._target.prefill and provider == "cpu":  # CUDA has no kernel for its products
-            self._prefill = load_graph(bundle.path(self._target.prefill.file), num_threads, plan_memory=small)
-        vision = bundle.path(self._target.vision_encoder.file)
-        self._vision = load_graph(vision, num_threads, provider, plan_memory=small)
+            prefill = load_graph(bundle.path(self._target.prefill.file), num_threads, plan_memory=small)
+        vision = load_graph(bundle.path(self._target.vision_encoder.file), num_threads, provider, plan_memory=small)
+        self._loaded: _Graphs | None = _Graphs(vision, decoder, prefill)
         names, heads, dim, dtype = _cache_inputs(self._target)
         self._empty = dict.fromkeys(names, np.zeros((1, heads, 0, dim), dtype))
         self._prefill_outputs = [tensor.name for tensor in self._target.decoder.outputs]
 
     def encode_image(self, pixel_values: FloatArray) -> FloatArray:
-        (features,) = self._vision.run(["image_features"], {"pixel_values": pixel_values})
+        (features,) = self._graphs.vision.run(["image_features"], {"pixel_values": pixel_values})
         image_features: FloatArray = features[0]
         return image_features
 
     def new_cache(self, batch: int = 1) -> OrtCache:
-        return OrtCache(self._decoder, self._target, self._hidden_size, self._capacity, batch)
+        return OrtCache(self._graphs.decoder, self._target, self._hidden_size, self._capacity, batch)
 
     def close(self) -> None:
-        del self._vision, self._decoder, self._prefill, self._masks
+        self._loaded = self._masks = None
+
+    @property
+    def _graphs(self) -> _Graphs:
+        if self._loaded is None:
+            raise ClosedError
+        return self._loaded
 
     def prefill(
         self,
@@ -189,7 +204,8 @@ class OrtSession:
         prompt_embeds: FloatArray,
         allowed: IdRange,
         row: int = 0,
-    ) -> Step:
+    ) -> GeneratedToken:
+        graphs = self._graphs
         inputs_embeds = np.concatenate([*image_features, prompt_embeds])[None]
         length = inputs_embeds.shape[1]
         position_ids = np.arange(1, length + 1)[None]
@@ -197,16 +213,16 @@ class OrtSession:
         cache.lengths[row] = cache.prefix_lengths[row] = length
         cache.allowed_ids[row] = allowed
         if self._target.cache_update == "in_place":
-            self._decoder.run_with_iobinding(cache.bind(rows, inputs_embeds, position_ids))
+            graphs.decoder.run_with_iobinding(cache.bind(rows, inputs_embeds, position_ids))
             return cache.steps(rows)[0]
-        if self._prefill:
+        if graphs.prefill:
             present = [present_name(name) for name in cache.buffers]
-            outputs = self._prefill.run(present, {"inputs_embeds": inputs_embeds, "position_ids": position_ids})
+            outputs = graphs.prefill.run(present, {"inputs_embeds": inputs_embeds, "position_ids": position_ids})
             for buffer, new in zip(cache.buffers.values(), outputs, strict=True):
                 buffer[rows, :, :length] = new
             cache.lengths[row] = length - 1
             last = np.ascontiguousarray(inputs_embeds[:, -1:]), np.array([[length]])
-            self._decoder.run_with_iobinding(cache.bind(rows, *last))
+            graphs.decoder.run_with_iobinding(cache.bind(rows, *last))
             cache.append(rows)
             return cache.steps(rows)[0]
         inputs = self._empty | {
@@ -215,12 +231,12 @@ class OrtSession:
             "prefix_length": cache.prefix_lengths[rows],
             "allowed_ids": cache.allowed_ids[rows],
         }
-        found = dict(zip(self._prefill_outputs, self._decoder.run(self._prefill_outputs, inputs), strict=True))
+        found = dict(zip(self._prefill_outputs, graphs.decoder.run(self._prefill_outputs, inputs), strict=True))
         for name, buffer in cache.buffers.items():
             buffer[rows, :, :length] = found[present_name(name)]
-        return Step(int(found["next_token"][0]), float(found["log_prob"][0]))
+        return GeneratedToken(int(found["next_token"][0]), float(found["log_prob"][0]))
 
-    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
+    def decode(self, cache: OrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         batch = len(inputs_embeds)
         cache.inputs_embeds[:batch, 0] = inputs_embeds
         cache.position_ids[:batch, 0] = cache.lengths[:batch] + 1
@@ -228,10 +244,10 @@ class OrtSession:
         cache.append(slice(0, batch))
         return steps
 
-    def repeat_decode(self, cache: OrtCache, allowed: Sequence[IdRange]) -> list[Step]:
+    def repeat_decode(self, cache: OrtCache, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         batch = len(allowed)
         cache.allowed_ids[:batch] = allowed
-        self._decoder.run_with_iobinding(cache.bind_decode(batch))
+        self._graphs.decoder.run_with_iobinding(cache.bind_decode(batch))
         return cache.steps(slice(0, batch))
 
     def move_row(self, cache: OrtCache, source: int, target: int) -> None:
@@ -242,11 +258,14 @@ class OrtSession:
             buffer[target, :, :length] = buffer[source, :, :length]
 
     def decode_masks(self, codes: IntArray) -> FloatArray:
-        if self._masks is None:
+        if self._loaded is None:
+            raise ClosedError
+        masks = self._masks
+        if masks is None:
             assert self._target.mask_decoder is not None
-            self._masks = load_graph(self._bundle.path(self._target.mask_decoder.file), self._num_threads)
-        (masks,) = self._masks.run(["masks"], {"mask_codes": codes})
-        decoded: FloatArray = masks
+            masks = load_graph(self._bundle.path(self._target.mask_decoder.file), self._num_threads)
+            self._masks = masks
+        decoded: FloatArray = masks.run(["masks"], {"mask_codes": codes})[0]
         return decoded
 
 

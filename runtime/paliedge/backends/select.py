@@ -18,7 +18,7 @@ from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Flavour, Manifest
 from paliedge.errors import DeviceError, EngineMismatchError, MissingExtraError
 
-Backend = Literal["auto", "tensorrt", "rtx", "cuda", "cpu"]
+Backend = Literal["auto", "tensorrt", "rtx", "onnxruntime", "cuda", "cpu"]
 OnMismatch = Literal["error", "rebuild", "fallback"]
 _BEST_FIRST: tuple[Backend, ...] = ("tensorrt", "rtx", "cuda", "cpu")
 _ORT_TARGETS = ("cpu", "jetpack6", "jetpack7", "rtx")
@@ -30,17 +30,18 @@ class BackendOptions:
     """What a user may say about the engine.
 
     Attributes:
-        backend: "auto" takes the best that works.
+        backend: "auto" takes the best that works; "onnxruntime" its CUDA provider where that works, else its
+            CPU provider; "cuda" and "cpu" are ONNX Runtime with this provider only.
         on_mismatch: where the bundle's engines were built for something else: "error", "rebuild" them,
             or "fallback" to ONNX Runtime.
-        num_threads: of ONNX Runtime's operators; 0 takes every core this process may use.
+        threads: of ONNX Runtime's operators; 0 takes every core this process may use.
         use_cuda_graph: replay each decode step as one CUDA graph.
         sequential: keep only one of the two engines in memory, for boards that cannot hold both.
     """
 
     backend: Backend = "auto"
     on_mismatch: OnMismatch = "error"
-    num_threads: int = 0
+    threads: int = 0
     use_cuda_graph: bool = True
     sequential: bool = False
 
@@ -56,13 +57,13 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
             for the backend.
         MissingExtraError, DeviceError: what the wanted backend needs is not there.
     """
-    if options.backend != "auto" and options.on_mismatch != "fallback":
+    if options.backend not in ("auto", "onnxruntime") and options.on_mismatch != "fallback":
         session, name = _open(options.backend, bundle, options, report)
         report(f"using {name}")
         return session
     reasons: list[str] = []
     mismatch: EngineMismatchError | None = None
-    if not bundle.manifest.engines and _is_for_gpu(bundle.manifest):
+    if options.backend == "auto" and not bundle.manifest.engines and _is_for_gpu(bundle.manifest):
         reasons.append(f"it has no engines yet: `paliedge build {bundle.folder}` on the machine that will run them")
     for backend in _candidates(bundle.manifest, options):
         if backend in ("cuda", "cpu") and mismatch and options.on_mismatch == "error":
@@ -94,6 +95,8 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
 
 def _candidates(manifest: Manifest, options: BackendOptions) -> list[Backend]:
     """Best first; a TensorRT only where the bundle has an engine for it, or may be given one."""
+    if options.backend == "onnxruntime":
+        return ["cuda", "cpu"]
     if options.backend != "auto":
         return [options.backend, *(name for name in ("cuda", "cpu") if name != options.backend)]
     flavours = {engine.flavour for engine in manifest.engines}
@@ -111,7 +114,7 @@ def _open(backend: Backend, bundle: Bundle, options: BackendOptions, report: Rep
     provider: Literal["cpu", "cuda"] = "cuda" if backend == "cuda" else "cpu"
     from paliedge.backends.ort import OrtSession
 
-    session = OrtSession(bundle, find_ort_target(bundle.folder, bundle.manifest), options.num_threads, provider)
+    session = OrtSession(bundle, find_ort_target(bundle.folder, bundle.manifest), options.threads, provider)
     return session, "ONNX Runtime on the CPU" if provider == "cpu" else "ONNX Runtime with CUDA"
 
 

@@ -14,12 +14,21 @@ IdRange = tuple[int, int]
 """First and last token id that may win."""
 
 
-class Step(NamedTuple):
-    """The chosen token, its log-probability among all tokens, and the milliseconds that the GPU worked on it."""
+class GeneratedToken(NamedTuple):
+    """One token of an answer.
 
-    token: int
+    Attributes:
+        token_id: the chosen id.
+        log_prob: natural logarithm of its probability among all tokens.
+        device_ms: milliseconds that the GPU worked on its step; None without a GPU's clock.
+        ms: milliseconds that its step took on the wall; the requests of a batch share a step, and each has its whole
+            time.
+    """
+
+    token_id: int
     log_prob: float
     device_ms: float | None = None
+    ms: float = 0.0
 
 
 CacheT = TypeVar("CacheT")
@@ -28,6 +37,8 @@ FeaturesT = TypeVar("FeaturesT")
 
 class Session(Protocol[CacheT, FeaturesT]):
     """A vision encoder and a decoder, ready to run. Safe to share between threads; a cache is not.
+
+    After `close` every method but `close` raises ClosedError.
 
     Attributes:
         has_device_clock: steps carry `device_ms`.
@@ -55,7 +66,7 @@ class Session(Protocol[CacheT, FeaturesT]):
         ...
 
     def close(self) -> None:
-        """Give back what the session holds; nothing works afterwards."""
+        """Give back what the session holds. May be called twice."""
         ...
 
     def prefill(
@@ -65,15 +76,15 @@ class Session(Protocol[CacheT, FeaturesT]):
         prompt_embeds: FloatArray,
         allowed: IdRange,
         row: int = 0,
-    ) -> Step:
+    ) -> GeneratedToken:
         """Start `row` over with each image's features [N, H] and then prompt_embeds [S, H]; returns the first token."""
         ...
 
-    def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
+    def decode(self, cache: CacheT, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         """Append one token to each of the first rows, inputs_embeds [B, H]; returns their next ones."""
         ...
 
-    def repeat_decode(self, cache: CacheT, allowed: Sequence[IdRange]) -> list[Step]:
+    def repeat_decode(self, cache: CacheT, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         """The last decode step once more, with other ranges: the cache stays as it is."""
         ...
 

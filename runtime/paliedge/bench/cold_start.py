@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from paliedge.bench.record import ColdStart
 from paliedge.errors import DeviceError
+from paliedge.generation.request import GenerationOptions
 
 if TYPE_CHECKING:
     from paliedge.backends.select import BackendOptions
@@ -84,7 +85,7 @@ def _start(order: dict[str, Any]) -> dict[str, float | None]:
     image = numpy.load(order["image"])
     last = time.perf_counter()
     for name in ("first_answer", "second_answer"):
-        model.generate(image, order["prompt"], max_new_tokens=4, free=True)
+        model.generate(image, order["prompt"], options=GenerationOptions(max_new_tokens=4, free=True))
         lap(name)
         times.setdefault("graph_capture", session.graph_capture_s)
     model.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from paliedge.bench.power import Meter
 from paliedge.bench.record import STAGES, Energy, Run, Scenario, Stage
 from paliedge.bench.summaries import summarise
+from paliedge.errors import PaliEdgeError
+from paliedge.generation.request import GenerationOptions
 from paliedge.inputs.images import ImageSource
 from paliedge.model import PaliGemma
 from paliedge.results.generation import Generation, Timings
@@ -115,7 +118,7 @@ def warm_up(model: PaliGemma, queries: Sequence[Query]) -> None:
 
 
 def _ask(model: PaliGemma, query: Query) -> Generation:
-    return model.generate(query.image, query.prompt, max_new_tokens=query.max_new_tokens)
+    return model.generate(query.image, query.prompt, options=GenerationOptions(max_new_tokens=query.max_new_tokens))
 
 
 def _single_stream(
@@ -202,14 +205,13 @@ def _ask_together(model: PaliGemma, queries: Sequence[Query] | Iterator[Query], 
     queries = iter(queries)
     first = next(queries, None)
     if first is None:
-        return iter(())
-
-    def pairs() -> Iterator[tuple[ImageSource, str]]:
-        yield first.image, first.prompt
-        for query in queries:
-            yield query.image, query.prompt
-
-    return model.generate_batch(pairs(), batch_size=batch, max_new_tokens=first.max_new_tokens)
+        return
+    options = GenerationOptions(max_new_tokens=first.max_new_tokens)
+    keyed = ((None, query.image, query.prompt) for query in chain([first], queries))
+    for _, answer in model.generate_batch(keyed, options, batch_size=batch):
+        if isinstance(answer, PaliEdgeError):
+            raise answer
+        yield answer
 
 
 def _idle_watts(meter: Meter | None) -> float:

@@ -28,7 +28,7 @@ class Bundle:
     def __init__(self, folder: Path, *, check_hashes: bool = True, check_engines: bool = True) -> None:
         self.folder = folder
         self._verified: dict[str, str] = {}
-        self.manifest = _read_manifest(folder)
+        self.manifest = read_manifest(folder)
         self._engine_files = {name for engine in self.manifest.engines for name in engine.files}
         self._files = {
             name: file for name, file in self.manifest.files.items() if check_engines or name not in self._engine_files
@@ -139,7 +139,12 @@ class Bundle:
             write_known_digests(fresh)
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """A bundle's manifest alone, before anything is known of its files.
+
+    Raises:
+        BundleError: no bundle at `folder`, or a manifest that is not valid.
+    """
     path = folder / MANIFEST
     try:
         if not stat.S_ISREG(path.lstat().st_mode):

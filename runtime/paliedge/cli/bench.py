@@ -144,7 +144,7 @@ def _measure(
         tuple(_plans(scenarios or ("single-stream", "offline"), _batches(batch), fps)),
         Limits(seconds=duration, max_queries=runs),
         cold_start,
-        options.num_threads,
+        options.threads,
     )
     progress = _Progress(shows=sys.stderr.isatty())
     record = bench(bundle or SHIPPED_BUNDLE, options, settings, report=_say, progress=progress)

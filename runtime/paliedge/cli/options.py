@@ -13,6 +13,7 @@ from paliedge.errors import UsageError
 
 if TYPE_CHECKING:
     from paliedge.backends.select import Backend, BackendOptions, OnMismatch
+    from paliedge.inputs.prompt import PromptMaker
     from paliedge.model import PaliGemma
 
 FORMATS = ("text", "json", "jsonl", "csv", "coco", "yolo", "labelme")
@@ -106,12 +107,12 @@ def backend_options(verb: Verb) -> Verb:
     for option in (
         click.option(
             "--backend",
-            type=click.Choice(["auto", "tensorrt", "rtx", "cuda", "cpu"]),
+            type=click.Choice(["auto", "tensorrt", "rtx", "onnxruntime", "cuda", "cpu"]),
             default="auto",
             show_default=True,
             envvar="PALIEDGE_BACKEND",
             show_envvar=True,
-            help="What runs the model; auto takes the first that works.",
+            help="What runs the model; auto takes the first that works, onnxruntime its CUDA or else its CPU provider.",
         ),
         click.option(
             "--on-mismatch",
@@ -160,6 +161,15 @@ def model_options(verb: Verb) -> Verb:
         show_envvar=True,
         help="Bundle folder; without it the shipped shapes model.",
     )(backend_options(verb))
+
+
+def read_prompts(bundle: Path | None) -> PromptMaker:
+    """What makes the bundle's prompts, before its files are checked and loaded."""
+    from paliedge.bundle.bundle import read_manifest
+    from paliedge.inputs.prompt import PromptMaker
+    from paliedge.model import SHIPPED_BUNDLE
+
+    return PromptMaker(read_manifest(bundle or SHIPPED_BUNDLE).prompts)
 
 
 def load_model(bundle: Path | None, options: BackendOptions) -> PaliGemma:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,45 +12,68 @@ from paliedge.cli.options import Verb, format_options, frame_options, model_opti
 from paliedge.cli.run import answer_all
 
 if TYPE_CHECKING:
-    from paliedge.bundle.manifest import Prompts
-    from paliedge.inputs.prompt import BoxTask, CaptionStyle, Prompt
-
-    _MakePrompt = Callable[[Prompts], Prompt]
+    from paliedge.inputs.prompt import CaptionStyle
 
 
 def _answer_options(verb: Verb) -> Verb:
-    verb = frame_options(model_options(verb))
-    verb = click.option(
-        "--save",
-        type=click.Path(path_type=Path, file_okay=False),
-        envvar="PALIEDGE_SAVE",
-        show_envvar=True,
-        help="Folder for annotated pictures and videos, or for what --format yolo or labelme writes instead.",
-    )(verb)
-    verb = click.option(
-        "--max-new-tokens",
-        type=click.IntRange(1),
-        envvar="PALIEDGE_MAX_NEW_TOKENS",
-        show_envvar=True,
-        help="Stop after this many tokens; the bundle's limit unless given.",
-    )(verb)
-    verb = click.option(
-        "--batch",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        envvar="PALIEDGE_BATCH",
-        show_envvar=True,
-        help="Pictures that are decoded together: more a second, each one later. Not for cameras, nor on TensorRT.",
-    )(verb)
-    verb = click.option(
-        "--overlap",
-        is_flag=True,
-        envvar="PALIEDGE_OVERLAP",
-        show_envvar=True,
-        help="Read and encode the next picture while this one is answered; a camera's frame is then older.",
-    )(verb)
-    return format_options(verb)
+    """What every verb has that looks at pictures; the verb gets `generation`, a GenerationOptions."""
+
+    @wraps(verb)
+    def collect(
+        max_new_tokens: int | None,
+        conf: float = 0.0,
+        free: bool = False,
+        only_requested: bool = False,
+        only_asked: bool = False,
+        **rest: Any,
+    ) -> None:
+        from paliedge.generation.request import GenerationOptions
+
+        if only_asked:
+            click.echo("note: --only-asked is now called --only-requested", err=True)
+        generation = GenerationOptions(
+            max_new_tokens=max_new_tokens,
+            free=free,
+            only_requested=only_requested or only_asked,
+            min_confidence=conf,
+        )
+        verb(generation=generation, **rest)
+
+    collected = frame_options(model_options(collect))
+    for option in (
+        click.option(
+            "--save",
+            type=click.Path(path_type=Path, file_okay=False),
+            envvar="PALIEDGE_SAVE",
+            show_envvar=True,
+            help="Folder for annotated pictures and videos, or for what --format yolo or labelme writes instead.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            envvar="PALIEDGE_MAX_NEW_TOKENS",
+            show_envvar=True,
+            help="Stop after this many tokens; the bundle's limit unless given.",
+        ),
+        click.option(
+            "--batch",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            envvar="PALIEDGE_BATCH",
+            show_envvar=True,
+            help="Pictures that are decoded together: more a second, each one later. Not for cameras, nor on TensorRT.",
+        ),
+        click.option(
+            "--overlap",
+            is_flag=True,
+            envvar="PALIEDGE_OVERLAP",
+            show_envvar=True,
+            help="Read and encode the next picture while this one is answered; a camera's frame is then older.",
+        ),
+    ):
+        collected = option(collected)
+    return format_options(collected)  # type: ignore[return-value]  # click has put its options on it
 
 
 _lang_option = click.option(
@@ -81,19 +104,22 @@ def _box_options(verb: Verb) -> Verb:
     return verb
 
 
-_only_asked_option = click.option(
-    "--only-asked",
-    is_flag=True,
-    envvar="PALIEDGE_ONLY_ASKED",
-    show_envvar=True,
-    help="No labels but those that are asked for.",
-)
+def _label_options(verb: Verb) -> Verb:
+    """What verbs have that are given labels."""
+    verb = click.option("--only-asked", is_flag=True, envvar="PALIEDGE_ONLY_ASKED", hidden=True)(verb)
+    return click.option(
+        "--only-requested",
+        is_flag=True,
+        envvar="PALIEDGE_ONLY_REQUESTED",
+        show_envvar=True,
+        help="No labels but those of LABELS.",
+    )(verb)
 
 
 @click.command()
 @click.argument("source")
 @click.argument("labels")
-@_only_asked_option
+@_label_options
 @_box_options
 @_answer_options
 def detect(source: str, labels: str, **rest: Any) -> None:
@@ -103,13 +129,13 @@ def detect(source: str, labels: str, **rest: Any) -> None:
     input, or a live source: rtsp://..., rtmp://..., /dev/video0, csi://0.
     """
 
-    _answer_boxes(source, "detect", labels, **rest)
+    answer_all(source, lambda prompts: prompts.detect(labels), **rest)
 
 
 @click.command()
 @click.argument("source")
 @click.argument("labels")
-@_only_asked_option
+@_label_options
 @_box_options
 @_answer_options
 def segment(source: str, labels: str, **rest: Any) -> None:
@@ -119,7 +145,7 @@ def segment(source: str, labels: str, **rest: Any) -> None:
     (`paliedge export --mask-decoder`) there are only boxes.
     """
 
-    _answer_boxes(source, "segment", labels, **rest)
+    answer_all(source, lambda prompts: prompts.segment(labels), **rest)
 
 
 @click.command()
@@ -137,9 +163,7 @@ def segment(source: str, labels: str, **rest: Any) -> None:
 @_answer_options
 def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
     """Describe each picture in one sentence."""
-    from paliedge.inputs.prompt import caption_prompt
-
-    answer_all(source, lambda prompts: caption_prompt(prompts, lang, style), **rest)
+    answer_all(source, lambda prompts: prompts.caption(lang, style), **rest)
 
 
 @click.command()
@@ -149,9 +173,7 @@ def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
 @_answer_options
 def ask(source: str, question: str, lang: str, **rest: Any) -> None:
     """Answer QUESTION about each picture."""
-    from paliedge.inputs.prompt import answer_prompt
-
-    answer_all(source, lambda prompts: answer_prompt(prompts, question, lang), **rest)
+    answer_all(source, lambda prompts: prompts.ask(question, lang), **rest)
 
 
 @click.command()
@@ -161,9 +183,7 @@ def ask(source: str, question: str, lang: str, **rest: Any) -> None:
 @_answer_options
 def question(source: str, answer: str, lang: str, **rest: Any) -> None:
     """Ask the question about each picture that has ANSWER; pre-trained checkpoints know how."""
-    from paliedge.inputs.prompt import question_prompt
-
-    answer_all(source, lambda prompts: question_prompt(prompts, answer, lang), **rest)
+    answer_all(source, lambda prompts: prompts.question(answer, lang), **rest)
 
 
 @click.command()
@@ -171,9 +191,7 @@ def question(source: str, answer: str, lang: str, **rest: Any) -> None:
 @_answer_options
 def ocr(source: str, **rest: Any) -> None:
     """Read the text in each picture."""
-    from paliedge.inputs.prompt import ocr_prompt
-
-    answer_all(source, ocr_prompt, **rest)
+    answer_all(source, lambda prompts: prompts.ocr(), **rest)
 
 
 @click.command()
@@ -192,9 +210,3 @@ def predict(source: str, prompt: str, **rest: Any) -> None:
 
 
 VERBS = (detect, segment, caption, ask, question, ocr, predict)
-
-
-def _answer_boxes(source: str, task: BoxTask, labels: str, **rest: Any) -> None:
-    from paliedge.inputs.prompt import box_prompt
-
-    answer_all(source, lambda prompts: box_prompt(prompts, task, labels), **rest)

@@ -2,76 +2,66 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from paliedge.cli.options import load_model
-from paliedge.cli.output import SOME_FAILED, is_terminal, print_answer, save_answer, warn_of_cut
+from paliedge.cli.options import load_model, read_prompts
+from paliedge.cli.output import SOME_FAILED, is_terminal, print_answer, print_error, save_answer, warn_of_cut
 from paliedge.errors import ImageError, OutputError, PaliEdgeError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from paliedge.backends.select import BackendOptions
-    from paliedge.bundle.manifest import Prompts
+    from paliedge.generation.request import GenerationOptions
     from paliedge.inputs.images import ImageSource
-    from paliedge.inputs.prompt import Prompt
+    from paliedge.inputs.prompt import Prompt, PromptMaker
     from paliedge.inputs.sources import Item, Source
     from paliedge.inputs.video import FrameOptions
     from paliedge.results.formats import Format, Writer
     from paliedge.results.generation import Generation
     from paliedge.results.video_writer import VideoWriter
 
-    _MakePrompt = Callable[[Prompts], Prompt]
-
 
 def answer_all(
     source: str,
-    make_prompt: _MakePrompt,
+    make_prompt: Callable[[PromptMaker], Prompt],
     *,
     bundle: Path | None,
     options: BackendOptions,
+    generation: GenerationOptions,
     frames: FrameOptions,
     save: Path | None,
     form: Format | None,
-    max_new_tokens: int | None,
     batch: int,
     overlap: bool,
-    conf: float = 0.0,
-    free: bool = False,
-    only_asked: bool = False,
 ) -> None:
     """Answer for every picture; a bad one is reported and the others are done. `form` None is text."""
-    from paliedge.bundle.manifest import Prompts
     from paliedge.inputs.sources import open_source
     from paliedge.results.formats import FOLDER_FORMATS, open_writer
 
-    boxes = make_prompt(Prompts()).boxes  # the same whatever the bundle's own words are
-    writer = open_writer(form, partial(click.echo, nl=False), save, boxes, free=free) if form else None
+    prompt = make_prompt(read_prompts(bundle))
+    writer = None
+    if form:
+        writer = open_writer(form, partial(click.echo, nl=False), save, prompt.boxes, free=generation.free)
     items = open_source(source, frames, lambda line: click.echo(line, err=True))
-    saver = Saver(save, items, has_boxes=boxes is not None) if save and form not in FOLDER_FORMATS else None
-    run = Run(writer, saver, conf, makes_files=form in FOLDER_FORMATS)
+    saver = Saver(save, items, has_boxes=prompt.boxes is not None) if save and form not in FOLDER_FORMATS else None
+    run = Run(writer, saver, makes_files=form in FOLDER_FORMATS)
     model = load_model(bundle, options)
     try:
         with closing(iter(items)) as found:
-            answers = model.generate_batch(
-                run.read(found, items.num_items, make_prompt(model.manifest.prompts)),
-                batch_size=batch,
-                overlap=overlap,
-                on_error=run.fail_next,
-                max_new_tokens=max_new_tokens,
-                free=free,
-                only_asked=only_asked,
-            )
+            requests = ((item, image, prompt) for item, image in run.read(found, items.num_items))
+            generation = replace(generation, keep_image=save is not None)
+            answers = model.generate_batch(requests, generation, batch_size=batch, overlap=overlap)
             with closing(answers):  # type: ignore[type-var]  # it is a generator
-                for answer in answers:
-                    run.take(answer)
+                for item, answer in answers:
+                    run.take(item, answer)
     finally:  # an error or ctrl-C must not lose the answers so far
         run.finish()
         if items.num_dropped:
@@ -81,60 +71,41 @@ def answer_all(
 
 
 class Run:
-    """What is done with each picture: send it, write the answer, save the annotated picture.
+    """What is done with each picture: write the answer, save the annotated picture.
 
     Attributes:
         errors: those of pictures, in order.
         num_answers: pictures without an error.
     """
 
-    def __init__(self, writer: Writer | None, saver: Saver | None, conf: float, *, makes_files: bool) -> None:
+    def __init__(self, writer: Writer | None, saver: Saver | None, *, makes_files: bool) -> None:
         self.errors: list[PaliEdgeError] = []
         self.num_answers = 0
         self._writer, self._saver = writer, saver
-        self._conf = conf
         self._makes_files = makes_files
-        self._sent: deque[Item] = deque()
 
-    def read(
-        self, items: Iterable[Item], num_items: int | None, prompt: Prompt
-    ) -> Iterator[tuple[ImageSource, Prompt]]:
-        """The pictures of `items`, to be asked about."""
+    def read(self, items: Iterable[Item], num_items: int | None) -> Iterator[tuple[Item, ImageSource | PaliEdgeError]]:
+        """The pictures to be asked about, or why there is none."""
         show_progress = is_terminal() and num_items not in (None, 1)
         for index, item in enumerate(items, 1):
             if show_progress:
                 click.echo(f"[{index}/{num_items}] {item.name}", err=True)
-            self._sent.append(item)
-            if item.error:
-                self._report_errors()
-            else:
-                yield item.picture, prompt
-        self._report_errors()
+            yield item, item.error or item.picture
 
-    def take(self, answer: Generation) -> None:
-        """The answer to the first picture that has none."""
-        item = self._sent.popleft()
-        result = answer.above(self._conf)
+    def take(self, item: Item, answer: Generation | PaliEdgeError) -> None:
+        """Write the answer, or what is in its place."""
+        if isinstance(answer, PaliEdgeError):
+            if not item.error and not isinstance(answer, ImageError):  # the next picture's would be the same
+                raise answer
+            self._fail(item.name, answer)
+            return
         try:
-            self._write(item, result)
+            self._write(item, answer)
             if self._saver:
-                self._saver.save(item, result)
+                self._saver.save(item, answer)
             self.num_answers += 1
         except OutputError as error:
             self._fail(item.name, error)
-        self._report_errors()
-
-    def fail_next(self, error: PaliEdgeError) -> None:
-        """The first picture that has no answer gets none."""
-        if not isinstance(error, ImageError):  # the next picture's would be the same
-            raise error
-        self._fail(self._sent.popleft().name, error)
-        self._report_errors()
-
-    def _report_errors(self) -> None:
-        """Those of the source, as far as the pictures before them are done."""
-        while self._sent and (error := self._sent[0].error):
-            self._fail(self._sent.popleft().name, error)
 
     def finish(self) -> None:
         """Close what is written; of an interrupted run too."""
@@ -148,23 +119,21 @@ class Run:
             if self._writer:
                 self._writer.finish()
 
-    def _write(self, item: Item, result: Generation) -> None:
+    def _write(self, item: Item, answer: Generation) -> None:
         if not self._writer:
-            print_answer(item.name, result, as_json=False)
+            print_answer(item.name, answer, as_json=False)
             return
-        is_frame = item.film and self._makes_files  # such a file is named after the frame as a picture
+        is_frame = item.video and self._makes_files  # such a file is named after the frame as a picture
         path = Path(f"{item.stem}-{item.number}.png" if is_frame else item.name)
-        self._writer.add(path, result, item.time_s if item.film else None)
-        if not self._writer.tells_errors:
-            warn_of_cut(item.name, result)
+        self._writer.add(path, answer, item.time_s if item.video else None)
+        if not self._writer.reports_errors:
+            warn_of_cut(item.name, answer)
 
     def _fail(self, name: str, error: PaliEdgeError) -> None:
         self.errors.append(error)
-        if self._writer and self._writer.tells_errors:
+        if self._writer and self._writer.reports_errors:
             self._writer.fail(Path(name), error)
         else:
-            from paliedge.cli.output import print_error
-
             print_error(error, name)
 
 
@@ -178,24 +147,24 @@ class Saver:
         self.folder = folder
         self._taken = {path.absolute() for path in items.paths}
         self._has_boxes = has_boxes
-        self._film: Path | None = None
+        self._video_name: Path | None = None
         self._number = -1
         self._video: VideoWriter | None = None
 
     def save(self, item: Item, result: Generation) -> None:
-        if item.film is None:
+        if item.video is None:
             save_answer(result, self._free_name(item.stem, ".png"))
             return
-        if item.film != self._film or item.number <= self._number:  # a list may name a video twice
+        if item.video != self._video_name or item.number <= self._number:  # a list may name a video twice
             self.close()
-            self._video, self._film = self._open(item.stem), item.film
+            self._video, self._video_name = self._open(item.stem), item.video
         self._number = item.number
         if self._video:
             self._video.add(self._plot(result), item.time_s)
 
     def close(self) -> None:
         """End the video that is being written."""
-        video, self._video, self._film = self._video, None, None
+        video, self._video, self._video_name = self._video, None, None
         if video:
             video.close()
             click.echo(f"saved {video.path}", err=True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.golden import load_golden
 from paliedge.errors import BundleError
+from paliedge.generation.request import GenerationOptions
 from paliedge.model import PaliGemma
 from paliedge.results.generation import Generation
 
@@ -40,7 +41,7 @@ def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> G
         for prompt_index, prompt in enumerate(golden.prompts):
             expected = golden.token_ids[image_index, prompt_index].tolist()
             scores = golden.log_probs[image_index, prompt_index].tolist()
-            answer = model.generate(encoded, prompt, max_new_tokens=len(expected), free=True)
+            answer = model.generate(encoded, prompt, options=GenerationOptions(max_new_tokens=len(expected), free=True))
             num_answers += 1
             if _until(eos, expected) == list(answer.token_ids):
                 num_equal += 1

@@ -16,7 +16,7 @@ from paliedge.bundle.manifest import Manifest, Prompts
 from paliedge.errors import ImageError, UsageError
 from paliedge.evaluation.cases import Case, Outcome, Shape, Watcher, answer_each
 from paliedge.evaluation.datasets import Annotation, CocoDataset, CocoImage, Runs
-from paliedge.inputs.prompt import BoxTask, Prompt, box_prompt
+from paliedge.inputs.prompt import BoxTask, Prompt, PromptMaker
 from paliedge.results.generation import Generation
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _answer(model: Detector, image: CocoImage, labels: Sequence[str], question: 
         raise ImageError(expected=f"{annotated}, as annotated", found=found, action=_SIZE_ACTION)
     truth = tuple(_expected_shape(item, encoded.image_wh) for item in image.annotations)
     asked = [[label] for label in labels] if question.one_by_one else [list(labels)]
-    prompts = [box_prompt(question.prompts, question.task, each) for each in asked]
+    prompts = [PromptMaker(question.prompts).boxes(question.task, each) for each in asked]
     try:
         results = [model.generate(encoded, prompt) for prompt in prompts]
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""From a request to an answer: decode with a cache of its own, read boxes out of the tokens, decode masks.
+"""From requests to answers, as one ladder: the engine's steps, a stream of pieces, whole answers, many of them.
 
 Knows no files and no prompts.
 """
@@ -7,96 +7,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from paliedge.backends.session import Session
+from paliedge.backends.session import GeneratedToken, Session
 from paliedge.bundle.manifest import Tokens
 from paliedge.errors import PaliEdgeError
-from paliedge.generation.constraints import Rule
-from paliedge.generation.decoding import GeneratedToken, Prefix, decode_greedily
+from paliedge.generation.caches import CachePool
 from paliedge.generation.embedding import EmbeddingTable
-from paliedge.inputs.preprocess import WHOLE, Frame
+from paliedge.generation.engine import GenerationEngine, NewTokens
+from paliedge.generation.request import EncodedImage, Request
 from paliedge.inputs.tokenizer import PromptTokenizer
-from paliedge.results.generation import DeviceTimings, FinishReason, Generation, Timings
-from paliedge.results.locations import Detection, LocationParser, parse_locations
+from paliedge.results.generation import DeviceTimings, FinishReason, Generation, Piece, Timings
+from paliedge.results.locations import Detection, LocationParser
 from paliedge.results.masks import Mask
 
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """What the vision encoder made of an image; good for any number of prompts.
-
-    Attributes:
-        features: [N, H] float32, an array or where the engine that made them keeps them.
-        image_wh: width and height of the image in pixels.
-        preprocess_ms: decoding, resizing and normalising.
-        vision_ms: the vision encoder.
-        image: the picture, upright and RGB, which answers hold too; None where it is not wanted.
-        frame: where it lies in the model's square, see `paliedge.results.locations`.
-    """
-
-    features: Any
-    image_wh: tuple[int, int]
-    preprocess_ms: float
-    vision_ms: float
-    image: Image.Image | None = field(default=None, repr=False, compare=False)
-    frame: Frame = WHOLE
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One streamed token.
-
-    Attributes:
-        text: what it adds to the answer; empty while a character is incomplete, and at end-of-sequence.
-        token_id: its id.
-        log_prob: natural logarithm of its probability among all tokens.
-        detections: those whose last token is known now.
-        finish_reason: of the last piece, see `Generation`.
-    """
-
-    text: str
-    token_id: int
-    log_prob: float
-    detections: tuple[Detection, ...] = ()
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be answered.
-
-    Attributes:
-        images: in the order that the model sees them; boxes refer to the first.
-        fresh: those that were encoded for this request, whose times are its own.
-        prefix: the prompt's ids.
-        rule: what may be said.
-        asked: the only label that boxes are asked for; empty if there is none or more.
-        max_new_tokens: where to stop at the latest.
-        tokenize_ms: what making the ids took.
-    """
-
-    images: tuple[EncodedImage, ...]
-    fresh: tuple[EncodedImage, ...]
-    prefix: list[int]
-    rule: Rule
-    asked: str
-    max_new_tokens: int
-    tokenize_ms: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Pending(Prefix):
-    """A request with what is decoded for it so far."""
-
-    request: Request
-    steps: list[GeneratedToken] = field(default_factory=list)
+KeyT = TypeVar("KeyT")
 
 
 class Answerer:
@@ -116,52 +44,67 @@ class Answerer:
         self._tokens = tokens
         self._tokenizer = tokenizer
         self._embed = embed
-        self._idle_caches = [session.new_cache()]
+        self._caches = CachePool(session)
 
     def close(self) -> None:
         """Let go of the caches."""
-        self._idle_caches.clear()
-
-    @contextmanager
-    def _cache(self, batch: int) -> Iterator[Any]:
-        """A cache that is nobody else's meanwhile; one for a single request goes back afterwards."""
-        if batch > 1:
-            yield self._session.new_cache(batch)
-            return
-        try:
-            cache = self._idle_caches.pop()
-        except IndexError:
-            cache = self._session.new_cache()
-        try:
-            yield cache
-        finally:
-            self._idle_caches.append(cache)
-
-    def _decode(
-        self, cache: Any, pending: Iterable[_Pending], batch: int = 1
-    ) -> Iterator[tuple[_Pending, GeneratedToken]]:
-        return decode_greedily(self._session, cache, pending, self._embed, eos=self._tokens.eos, batch=batch)
-
-    def _start(self, request: Request) -> _Pending:
-        features = [image.features for image in request.images]
-        return _Pending(features, self._embed(request.prefix), request.rule, request.max_new_tokens, request)
+        self._caches.close()
 
     def stream(self, request: Request) -> Iterator[Piece]:
         """The answer, a token at a time."""
-        decoder, image = self._tokenizer.decode_stream(), request.images[0]
-        image_wh = image.image_wh
-        parser = LocationParser(self._tokens, self._tokenizer.decode, image_wh, image.frame, request.asked)
-        with self._cache(1) as cache:
-            for count, (_, step) in enumerate(self._decode(cache, [self._start(request)]), 1):
-                if step.token == self._tokens.eos:
-                    last = self._with_masks(parser.finish(), image_wh)
-                    yield Piece("", step.token, step.log_prob, last, "stop")
-                    return
-                done, is_last = parser.push(step.token, step.log_prob), count == request.max_new_tokens
-                found = self._with_masks([*done, *(parser.finish() if is_last else ())], image_wh)
-                yield Piece(decoder(step.token), step.token, step.log_prob, found, "length" if is_last else None)
+        return self._stream(self._begin(request))
 
-    def _with_masks(self, detections: Sequence[Detection], image_wh: tuple[int, int]) -> tuple[Detection, ...]:
+    def generate(self, request: Request) -> Generation:
+        """The answer as a whole: its stream, collected."""
+        answer = self._begin(request)
+        deque(self._stream(answer), maxlen=0)
+        return answer.finish()
+
+    def generate_batch(
+        self, requests: Iterable[tuple[KeyT, Request | PaliEdgeError]], num_rows: int
+    ) -> Iterator[tuple[KeyT, Generation | PaliEdgeError]]:
+        """Whole answers, each with its request's key, in the order of the requests; `num_rows` are decoded together.
+
+        A request is taken when a row is free for it. An error that stands in place of a request comes out in its turn.
+        """
+        num_rows = min(num_rows, self._session.max_batch)
+        coming = iter(requests)
+        turns: deque[tuple[KeyT, _Answer | PaliEdgeError]] = deque()
+        answers: dict[int, _Answer] = {}
+        with self._caches.lend(num_rows) as cache:
+            engine = self._engine(cache, num_rows)
+            while True:
+                while engine.has_room and (one := next(coming, None)):
+                    key, request = one
+                    if isinstance(request, PaliEdgeError):
+                        turns.append((key, request))
+                    else:
+                        answer = answers[engine.add(request)] = self._begin(request)
+                        turns.append((key, answer))
+                    yield from _ended(turns)
+                if not engine.num_requests:
+                    return
+                for new in engine.step():
+                    answers[new.request_id].take(new)
+                    if new.finish_reason:
+                        del answers[new.request_id]
+                yield from _ended(turns)
+
+    def _stream(self, answer: _Answer) -> Iterator[Piece]:
+        with self._caches.lend(1) as cache:
+            engine = self._engine(cache, 1)
+            engine.add(answer.request)
+            while answer.finish_reason is None:
+                for new in engine.step():
+                    yield from answer.take(new)
+
+    def _engine(self, cache: Any, num_rows: int) -> GenerationEngine[Any]:
+        return GenerationEngine(self._session, cache, self._embed, eos=self._tokens.eos, num_rows=num_rows)
+
+    def _begin(self, request: Request) -> _Answer:
+        return _Answer(request, self._tokens, self._tokenizer, self._add_masks)
+
+    def _add_masks(self, detections: Sequence[Detection], image_wh: tuple[int, int]) -> tuple[Detection, ...]:
         """The detections, their masks decoded if the bundle has what decodes them."""
         coded = [item.mask_codes for item in detections if item.mask_codes]
         if not coded or not self._session.has_mask_decoder:
@@ -172,70 +115,99 @@ class Answerer:
             for item in detections
         )
 
-    def answer(
-        self, requests: Iterable[Request | PaliEdgeError], batch: int = 1
-    ) -> Iterator[Generation | PaliEdgeError]:
-        """Whole answers in the order of the requests, of which up to `batch` are decoded together.
 
-        An error that stands in place of a request comes out in its turn.
-        """
-        line: deque[_Pending | PaliEdgeError] = deque()
-        batch = min(batch, self._session.max_batch)
-        with self._cache(batch) as cache:
-            for pending, step in self._decode(cache, self._line_up(requests, line), batch):
-                pending.steps.append(step)
-                while line and (isinstance(first := line[0], PaliEdgeError) or self._has_ended(first)):
-                    line.popleft()
-                    yield first if isinstance(first, PaliEdgeError) else self._read(first.request, first.steps)
-        yield from (left for left in line if isinstance(left, PaliEdgeError))
+def _ended(turns: deque[tuple[KeyT, _Answer | PaliEdgeError]]) -> Iterator[tuple[KeyT, Generation | PaliEdgeError]]:
+    """Those at the front that are whole."""
+    while turns:
+        key, first = turns[0]
+        if isinstance(first, _Answer) and first.finish_reason is None:
+            return
+        turns.popleft()
+        yield key, first.finish() if isinstance(first, _Answer) else first
 
-    def _line_up(
-        self, requests: Iterable[Request | PaliEdgeError], line: deque[_Pending | PaliEdgeError]
-    ) -> Iterator[_Pending]:
-        for one in requests:
-            line.append(one if isinstance(one, PaliEdgeError) else self._start(one))
-            if isinstance(last := line[-1], _Pending):
-                yield last
 
-    def _has_ended(self, pending: _Pending) -> bool:
-        steps = pending.steps
-        return bool(steps) and (steps[-1].token == self._tokens.eos or len(steps) == pending.max_new_tokens)
+class _Answer:
+    """One answer in the making.
 
-    def _read(self, request: Request, steps: list[GeneratedToken]) -> Generation:
-        """The answer that the tokens make."""
-        started = time.perf_counter()
-        stopped = steps[-1].token == self._tokens.eos
-        kept = steps[:-1] if stopped else steps
-        ids, log_probs = tuple(step.token for step in kept), tuple(step.log_prob for step in kept)
+    Attributes:
+        request: what it answers.
+        finish_reason: None until it has ended.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokens: Tokens,
+        tokenizer: PromptTokenizer,
+        add_masks: Callable[[Sequence[Detection], tuple[int, int]], tuple[Detection, ...]],
+    ) -> None:
+        self.request = request
+        self.finish_reason: FinishReason | None = None
         image = request.images[0]
-        parsed = parse_locations(
-            ids, log_probs, self._tokens, self._tokenizer.decode, image.image_wh, image.frame, request.asked
+        self._tokenizer = tokenizer
+        self._add_masks = add_masks
+        self._decode_next = tokenizer.decode_stream()
+        self._parser = LocationParser(
+            tokens, tokenizer.decode, image.image_wh, image.content_box, request.requested_label
         )
-        text, detections = self._tokenizer.decode(ids), self._with_masks(parsed.detections, image.image_wh)
+        self._generated: list[GeneratedToken] = []
+        self._detections: list[Detection] = []
+        self._parse_s = 0.0
+
+    def take(self, new: NewTokens) -> list[Piece]:
+        """What the new tokens add to the answer."""
+        started = time.perf_counter()
+        pieces = []
+        for token in new.tokens:
+            reason = new.finish_reason if token is new.tokens[-1] else None
+            stopped = reason == "stop"
+            found = [] if stopped else self._parser.push(token.token_id, token.log_prob)
+            if reason:
+                found = [*found, *self._parser.finish()]
+            found = [item for item in found if item.confidence >= self.request.options.min_confidence]
+            detections = self._add_masks(found, self.request.images[0].image_wh)
+            text = "" if stopped else self._decode_next(token.token_id)
+            pieces.append(Piece(text, token.token_id, token.log_prob, detections, reason))
+            self._detections += detections
+        self._generated += new.tokens
+        self.finish_reason = new.finish_reason
+        self._parse_s += time.perf_counter() - started
+        return pieces
+
+    def finish(self) -> Generation:
+        """The whole answer."""
+        started = time.perf_counter()
+        assert self.finish_reason
+        generated, request, image = self._generated, self.request, self.request.images[0]
+        kept = generated[:-1] if self.finish_reason == "stop" else generated
+        ids = tuple(token.token_id for token in kept)
+        text = self._tokenizer.decode(ids)
+        self._parse_s += time.perf_counter() - started
         return Generation(
             text=text,
             token_ids=ids,
-            log_probs=log_probs,
-            detections=detections,
-            num_malformed=parsed.num_malformed,
+            log_probs=tuple(token.log_prob for token in kept),
+            detections=tuple(self._detections),
+            num_malformed=self._parser.num_malformed,
             image_wh=image.image_wh,
-            finish_reason="stop" if stopped else "length",
+            finish_reason=self.finish_reason,
             timings=Timings(
                 preprocess_ms=sum(one.preprocess_ms for one in request.fresh),
                 vision_ms=sum(one.vision_ms for one in request.fresh),
-                prefill_ms=steps[0].ms,
-                decode_ms=tuple(step.ms for step in steps[1:]),
-                device=_device_timings(steps, request.fresh),
+                prefill_ms=generated[0].ms,
+                decode_ms=tuple(token.ms for token in generated[1:]),
+                device=_device_timings(generated, request.fresh),
                 tokenize_ms=request.tokenize_ms,
-                parse_ms=(time.perf_counter() - started) * 1000,
+                parse_ms=self._parse_s * 1000,
             ),
             image=image.image,
+            path=image.path,
         )
 
 
-def _device_timings(steps: list[GeneratedToken], fresh: Sequence[EncodedImage]) -> DeviceTimings | None:
-    times = [step.device_ms for step in steps if step.device_ms is not None]
-    if len(times) < len(steps):
+def _device_timings(generated: Sequence[GeneratedToken], fresh: Sequence[EncodedImage]) -> DeviceTimings | None:
+    times = [token.device_ms for token in generated if token.device_ms is not None]
+    if len(times) < len(generated):
         return None
     vision_ms = sum(getattr(image.features, "device_ms", 0.0) for image in fresh)
     return DeviceTimings(vision_ms, times[0], tuple(times[1:]))

@@ -1,6 +1,6 @@
 """Which tokens may come next, so that an answer to `detect` or `segment` holds no malformed box.
 
-A rule is asked before each token, with the one before it, and says what may win: a range of ids, for
+A constraint is asked before each token, with the one before it, and says what may win: a range of ids, for
 which the graphs have an input, or a few ids, of which the decoding loop takes the likeliest. Knows no
 model.
 """
@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 from paliedge.backends.session import IdRange
 from paliedge.bundle.manifest import CODES_PER_MASK, Tokens
 
-Choice = IdRange | frozenset[int]
-Rule = Callable[[int | None], Choice]
+AllowedTokens = IdRange | frozenset[int]
+TokenConstraint = Callable[[int | None], AllowedTokens]
 """The token that was chosen last (None before the first) -> what may come next."""
 
 
-def anything(tokens: Tokens) -> Rule:
+def allow_all(tokens: Tokens) -> TokenConstraint:
     """Every token may come at any time."""
     return lambda token: (0, tokens.vocab_size - 1)
 
 
-class BoxRule:
+class BoxConstraint:
     """Boxes are whole, and where masks are asked for each box has one.
 
     | so far | next |
@@ -56,7 +56,7 @@ class BoxRule:
         self._separator = list(separator)
         self._record: list[int] = []
 
-    def __call__(self, token: int | None) -> Choice:
+    def __call__(self, token: int | None) -> AllowedTokens:
         first = self._tokens.first_location
         last = first + self._tokens.num_locations - 1
         if token is not None and (self._record or first <= token <= last):
@@ -76,7 +76,7 @@ class BoxRule:
             return self._continue_label(self._labels, self._record[self._head :])
         return 0, first - 1 if filled == 4 else last - 1  # eight location tokens in a row would be one group
 
-    def _continue_label(self, labels: Sequence[Sequence[int]], said: list[int]) -> Choice:
+    def _continue_label(self, labels: Sequence[Sequence[int]], said: list[int]) -> AllowedTokens:
         choices: set[int] = set()
         for label in labels:
             whole = [*label, *self._separator]

@@ -12,9 +12,9 @@ from PIL import Image
 
 from paliedge.bundle.manifest import Preprocess
 
-Frame = tuple[float, float, float, float]
+ContentBox = tuple[float, float, float, float]
 """The part of the model's square that a picture fills: x1, y1, x2, y2 from 0 to 1."""
-WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
+WHOLE: ContentBox = (0.0, 0.0, 1.0, 1.0)
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -22,7 +22,7 @@ class Preprocessor:
     """Turns RGB pictures of any size into pixel_values of the model's size.
 
     A squashed picture fills the square: coordinates relative to the square are relative to it. A letterboxed
-    one fills its `frame`.
+    one fills its content box.
     """
 
     def __init__(self, preprocess: Preprocess, image_size: int) -> None:
@@ -48,7 +48,7 @@ class Preprocessor:
         square.paste(image.resize((right - left, bottom - top), self._resampling), (left, top))
         return square
 
-    def frame(self, image_wh: tuple[int, int]) -> Frame:
+    def content_box(self, image_wh: tuple[int, int]) -> ContentBox:
         """Where a picture of this width and height lies in the square: x1, y1, x2, y2 from 0 to 1."""
         if self._letterbox is None:
             return WHOLE

@@ -11,8 +11,6 @@ from paliedge.errors import UsageError
 
 BoxTask = Literal["detect", "segment"]
 _BOX_TASK = re.compile(r"\A\s*(detect|segment)\s+(\S.*)\Z")
-
-
 CaptionStyle = Literal["caption", "cap", "describe"]
 
 
@@ -35,48 +33,68 @@ def free_prompt(text: str) -> Prompt:
     return Prompt(text, find_box_request(text))
 
 
-def box_prompt(prompts: Prompts, task: BoxTask, labels: str | Sequence[str]) -> Prompt:
-    """Every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
+class PromptMaker:
+    """Prompts of the tasks, in the words that a bundle's model was trained on.
 
-    Raises:
-        UsageError: there is no label.
+    Args:
+        templates: the bundle's.
     """
-    asked = split_labels(labels) if isinstance(labels, str) else list(labels)
-    if not any(label.strip() for label in asked):
-        raise UsageError(expected="at least one label", found="none", action='Say what to find, such as "cat ; dog".')
-    text = labels if isinstance(labels, str) else " ; ".join(labels)
-    template: str = getattr(prompts, task)
-    return Prompt(fill(template, labels=text), BoxRequest(task, asked))
 
+    def __init__(self, templates: Prompts) -> None:
+        self._templates = templates
 
-def caption_prompt(prompts: Prompts, lang: str = "en", style: CaptionStyle = "caption") -> Prompt:
-    """One sentence about the image; `lang` is a language code."""
-    return Prompt(fill(getattr(prompts, style), lang=lang))
+    def detect(self, labels: str | Sequence[str]) -> Prompt:
+        """Every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
 
+        Raises:
+            UsageError: there is no label.
+        """
+        return self.boxes("detect", labels)
 
-def answer_prompt(prompts: Prompts, question: str, lang: str = "en") -> Prompt:
-    """A question about the image.
+    def segment(self, labels: str | Sequence[str]) -> Prompt:
+        """Every instance of `labels` with its mask.
 
-    Raises:
-        UsageError: it is empty.
-    """
-    _check_text("a question", question)
-    return Prompt(fill(prompts.answer, lang=lang, question=question))
+        Raises:
+            UsageError: there is no label.
+        """
+        return self.boxes("segment", labels)
 
+    def boxes(self, task: BoxTask, labels: str | Sequence[str]) -> Prompt:
+        """`detect` or `segment`."""
+        requested = split_labels(labels) if isinstance(labels, str) else list(labels)
+        if not any(label.strip() for label in requested):
+            raise UsageError(
+                expected="at least one label", found="none", action='Say what to find, such as "cat ; dog".'
+            )
+        text = labels if isinstance(labels, str) else " ; ".join(labels)
+        template: str = getattr(self._templates, task)
+        return Prompt(fill(template, labels=text), BoxRequest(task, requested))
 
-def question_prompt(prompts: Prompts, answer: str, lang: str = "en") -> Prompt:
-    """The question about the image that has this answer.
+    def caption(self, lang: str = "en", style: CaptionStyle = "caption") -> Prompt:
+        """One sentence about the image; `lang` is a language code."""
+        return Prompt(fill(getattr(self._templates, style), lang=lang))
 
-    Raises:
-        UsageError: it is empty.
-    """
-    _check_text("an answer to ask for", answer)
-    return Prompt(fill(prompts.question, lang=lang, answer=answer))
+    def ask(self, question: str, lang: str = "en") -> Prompt:
+        """A question about the image.
 
+        Raises:
+            UsageError: it is empty.
+        """
+        _check_text("a question", question)
+        return Prompt(fill(self._templates.answer, lang=lang, question=question))
 
-def ocr_prompt(prompts: Prompts) -> Prompt:
-    """The text in the image."""
-    return Prompt(prompts.ocr)
+    def question(self, answer: str, lang: str = "en") -> Prompt:
+        """The question about the image that has this answer.
+
+        Raises:
+            UsageError: it is empty.
+        """
+        _check_text("an answer to ask for", answer)
+        return Prompt(fill(self._templates.question, lang=lang, answer=answer))
+
+    def ocr(self) -> Prompt:
+        """The text in the image."""
+        return Prompt(self._templates.ocr)
 
 
 def _check_text(what: str, text: str) -> None:

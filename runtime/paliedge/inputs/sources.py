@@ -49,23 +49,23 @@ class Item:
             from 0; `stdin`.
         picture: what `load_image` takes.
         error: why there is no picture; then `picture` is empty bytes.
-        film: the video file or live source that it is a frame of, by its name.
-        number: of a film's frame, see `VideoFrame`.
-        time_s: of a film's frame, seconds since the first.
+        video: the video file or live source that it is a frame of, by its name.
+        number: of a video's frame, see `VideoFrame`.
+        time_s: of a video's frame, seconds since the first.
     """
 
     name: str
     picture: Path | bytes | Image.Image = b""
     error: PaliEdgeError | None = None
-    film: Path | None = None
+    video: Path | None = None
     number: int = 0
     time_s: float = 0.0
 
     @property
     def stem(self) -> str:
-        """What a file made from it is called, its film's name where it is a frame; without an ending."""
-        path = self.film or Path(self.name)
-        return path.stem if self.film is None or _is_video(path) else path.name
+        """What a file made from it is called, its video's name where it is a frame; without an ending."""
+        path = self.video or Path(self.name)
+        return path.stem if self.video is None or _is_video(path) else path.name
 
 
 class Source:
@@ -141,13 +141,13 @@ class Live(Source):
         yield from _items_from_frames(self._name, iter(self._frames))
 
 
-def _items_from_frames(film: Path, frames: Generator[VideoFrame, None, None]) -> Generator[Item, None, None]:
+def _items_from_frames(video: Path, frames: Generator[VideoFrame, None, None]) -> Generator[Item, None, None]:
     try:
         with closing(frames):
             for frame in frames:
-                yield Item(f"{film}#{frame.number}", frame.image, None, film, frame.number, frame.time_s)
+                yield Item(f"{video}#{frame.number}", frame.image, None, video, frame.number, frame.time_s)
     except ImageError as error:
-        yield Item(str(film), error=error, film=film)
+        yield Item(str(video), error=error, video=video)
 
 
 def _is_video(path: Path) -> bool:

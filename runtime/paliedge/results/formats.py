@@ -50,10 +50,10 @@ class Writer:
     """Takes the answers of a run in the order of its pictures.
 
     Attributes:
-        tells_errors: whether its output has a place for pictures that failed.
+        reports_errors: whether its output has a place for pictures that failed.
     """
 
-    tells_errors = False
+    reports_errors = False
 
     def add(self, source: Path, result: Generation, time_s: float | None = None) -> None:
         """One answer.
@@ -61,7 +61,7 @@ class Writer:
         Args:
             source: the picture's path.
             result: its answer.
-            time_s: of a film's frame, seconds since the first; formats for text have a place for it.
+            time_s: of a video's frame, seconds since the first; formats for text have a place for it.
 
         Raises:
             OutputError: a file cannot be written; the other pictures are none the worse.
@@ -129,7 +129,7 @@ def require_polygons() -> None:
 class JsonLinesWriter(Writer):
     """An object a line and picture: `source`, a frame's `time_s`, and what `Generation.to_dict` gives or an `error`."""
 
-    tells_errors = True
+    reports_errors = True
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit

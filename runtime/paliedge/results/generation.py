@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,32 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from paliedge.errors import MissingExtraError, OutputError, UsageError
+from paliedge.errors import MissingExtraError, OutputError, PaliEdgeError, UsageError
+from paliedge.inputs.images import ImageSource, load_image
 from paliedge.results.arrays import Boxes, Masks, boxes_from_detections, masks_from_detections, yolo_lines
 from paliedge.results.locations import Detection
 
 FinishReason = Literal["stop", "length"]
+_NUM_IN_REPR = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One streamed token.
+
+    Attributes:
+        text: what it adds to the answer; empty while a character is incomplete, and at end-of-sequence.
+        token_id: its id.
+        log_prob: natural logarithm of its probability among all tokens.
+        detections: those whose last token is known now.
+        finish_reason: of the last piece, see `Generation`.
+    """
+
+    text: str
+    token_id: int
+    log_prob: float
+    detections: tuple[Detection, ...] = ()
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,7 @@ class Timings:
         return self.ttft_ms + sum(self.decode_ms) + self.parse_ms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """One answer. Its properties and methods beyond the attributes have the names of Ultralytics' results.
 
@@ -72,7 +94,8 @@ class Generation:
         image_wh: width and height in pixels that the boxes refer to.
         finish_reason: "stop" at end-of-sequence, "length" at the token limit.
         timings: milliseconds by stage.
-        image: the picture that was asked about, for `plot`; held as long as the answer is.
+        image: the picture that was asked about, where it was to be kept; held as long as the answer is.
+        path: the file that the picture was read from, if it was one.
     """
 
     text: str
@@ -83,7 +106,28 @@ class Generation:
     image_wh: tuple[int, int]
     finish_reason: FinishReason
     timings: Timings
-    image: Image.Image | None = field(default=None, repr=False, compare=False)
+    image: Image.Image | None = field(default=None, compare=False)
+    path: Path | None = None
+
+    def __repr__(self) -> str:
+        """One line: what was found or said, why it ended, how long it took."""
+        width, height = self.image_wh
+        found = ", ".join(f"{item.label or 'box'} {item.confidence:.2f}" for item in self.detections[:_NUM_IN_REPR])
+        if len(self.detections) > _NUM_IN_REPR:
+            found += f" and {len(self.detections) - _NUM_IN_REPR} more"
+        said = found or repr(self.text if len(self.text) <= 60 else f"{self.text[:57]}...")
+        ended = "" if self.finish_reason == "stop" else ", cut off at the token limit"
+        return f"<Generation: {said}{ended}; {width} x {height} pixels, {self.timings.total_ms:.0f} ms>"
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture with its boxes, as notebooks show it; None where there is no picture any more."""
+        try:
+            picture = self.plot()
+        except PaliEdgeError:
+            return None
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        return stream.getvalue()
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -117,30 +161,46 @@ class Generation:
             **parts,
         }
 
-    def plot(self) -> Image.Image:
+    def plot(self, picture: ImageSource | None = None) -> Image.Image:
         """A copy of the picture with boxes and masks drawn in, or with the text below it; small ones are enlarged.
 
+        Args:
+            picture: the one that was asked about; unless given the one that was kept, or its file, read again.
+
         Raises:
-            UsageError: the answer holds no picture.
+            ImageError: the file is there no more.
+            UsageError: there is no picture, or one of another size.
         """
         from paliedge.results.draw import draw_answer, draw_detections
 
-        if self.image is None:
-            raise UsageError(
-                expected="an answer that holds its picture",
-                found="one without",
-                action="Add it first: dataclasses.replace(answer, image=load_image(path)).plot().",
-            )
-        return draw_detections(self.image, self.detections) if self.detections else draw_answer(self.image, self.text)
+        image = self._picture(picture)
+        return draw_detections(image, self.detections) if self.detections else draw_answer(image, self.text)
 
-    def save(self, path: str | Path) -> Path:
-        """Write `plot()`; the name's ending says in which format. Folders are made. Returns the path.
+    def _picture(self, given: ImageSource | None) -> Image.Image:
+        source = next((one for one in (given, self.image, self.path) if one is not None), None)
+        if source is None:
+            raise UsageError(
+                expected="the picture that was asked about",
+                found="an answer without it",
+                action="Give it: answer.plot(picture); or ask with GenerationOptions(keep_image=True).",
+            )
+        image = load_image(source)
+        if image.size != self.image_wh:
+            raise UsageError(
+                expected=f"the picture that was asked about, {self.image_wh[0]} x {self.image_wh[1]} pixels",
+                found=f"one of {image.width} x {image.height}",
+                action="Give the same picture.",
+            )
+        return image
+
+    def save(self, path: str | Path, picture: ImageSource | None = None) -> Path:
+        """Write `plot(picture)`; the name's ending says in which format. Folders are made. Returns the path.
 
         Raises:
-            UsageError: the answer holds no picture, or the name ends in no format that Pillow writes.
+            ImageError, UsageError: see `plot`, or the name ends in no format that Pillow writes.
             OutputError: it cannot be written.
         """
-        path, picture = Path(path), self.plot()
+        path, plotted = Path(path), self.plot(picture)
         if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
             raise UsageError(
                 expected="a name that ends in .png, .jpg or another format that Pillow writes",
@@ -148,7 +208,7 @@ class Generation:
                 action="Name it with such an ending.",
             )
         with writing(path):
-            picture.save(path)
+            plotted.save(path)
         return path
 
     def save_txt(self, path: str | Path, *, save_conf: bool = False) -> Path:

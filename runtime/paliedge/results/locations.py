@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from paliedge.bundle.manifest import CODES_PER_MASK, Tokens
-from paliedge.inputs.preprocess import WHOLE, Frame
+from paliedge.inputs.preprocess import WHOLE, ContentBox
 from paliedge.results.masks import Mask
 
 _SEPARATOR = re.compile(r"\s;")
@@ -66,11 +66,11 @@ def parse_locations(
     tokens: Tokens,
     decode: Callable[[Sequence[int]], str],
     image_wh: tuple[int, int],
-    frame: Frame = WHOLE,
-    asked: str = "",
+    content_box: ContentBox = WHOLE,
+    requested_label: str = "",
 ) -> ParsedLocations:
     """Read the boxes of an answer, see `LocationParser`; `log_probs` has one entry a token."""
-    parser = LocationParser(tokens, decode, image_wh, frame, asked)
+    parser = LocationParser(tokens, decode, image_wh, content_box, requested_label)
     detections: list[Detection] = []
     for token, log_prob in zip(token_ids, log_probs, strict=True):
         detections += parser.push(token, log_prob)
@@ -94,8 +94,8 @@ class LocationParser:
         tokens: the bundle's token ids.
         decode: text of some ids.
         image_wh: width and height in pixels that the boxes refer to.
-        frame: where the image lies in the square; boxes are cut to it, and one that is all beside it is malformed.
-        asked: the label of boxes without one, as models answer that were trained on referring expressions.
+        content_box: where the image lies in the square; boxes are cut to it, and one all beside it is malformed.
+        requested_label: the label of boxes without one, as models answer that were trained on referring expressions.
 
     Attributes:
         num_malformed: location and segmentation groups so far that are no box or no mask.
@@ -106,15 +106,15 @@ class LocationParser:
         tokens: Tokens,
         decode: Callable[[Sequence[int]], str],
         image_wh: tuple[int, int],
-        frame: Frame = WHOLE,
-        asked: str = "",
+        content_box: ContentBox = WHOLE,
+        requested_label: str = "",
     ) -> None:
         self.num_malformed = 0
         self._tokens = tokens
         self._decode = decode
         self._image_wh = image_wh
-        self._frame = frame
-        self._asked = asked
+        self._content_box = content_box
+        self._requested_label = requested_label
         self._bins: list[int] = []
         self._codes: list[int] = []
         self._text: list[int] = []
@@ -160,7 +160,7 @@ class LocationParser:
             is_last = start + 4 == len(bins)
             found.append(
                 Detection(
-                    (label if is_last else "") or self._asked,
+                    (label if is_last else "") or self._requested_label,
                     self._in_pixels(box),
                     box,
                     log_probs[start:] if is_last else log_probs[start : start + 4],
@@ -173,7 +173,7 @@ class LocationParser:
     def _edges(self, bins: Sequence[int]) -> _Box:
         """Four bins as edges x1, y1, x2, y2, of which 0 to 1 lies in the image."""
         y1, x1, y2, x2 = (place / (self._tokens.num_locations - 1) for place in bins)
-        left, top, right, bottom = self._frame
+        left, top, right, bottom = self._content_box
         (x1, x2), (y1, y2) = (
             ((first - low) / (high - low), (last - low) / (high - low))
             for first, last, low, high in ((x1, x2, left, right), (y1, y2, top, bottom))

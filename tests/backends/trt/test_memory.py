@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import Manifest, write_manifest
@@ -55,7 +55,7 @@ def test_nothing_is_allocated_after_the_first_request(model: PaliGemma, machine:
 def test_a_step_copies_no_more_than_it_must(model: PaliGemma, machine: Machine, target: str) -> None:
     """In and out where the GPU has memory of its own; new rows of the cache where the graph leaves them to us."""
     gpu = machine.gpu
-    model.caption(IMAGES[0], max_new_tokens=4)
+    model.caption(IMAGES[0], options=GenerationOptions(max_new_tokens=4))
     stream = model.stream(IMAGES[0], "caption en")
     for _ in range(3):
         next(stream)
@@ -99,7 +99,7 @@ def test_as_many_caches_as_answers_at_once(model: PaliGemma, machine: Machine) -
 def test_graphs_keep_the_addresses_of_their_capture(model: PaliGemma, machine: Machine) -> None:
     """The fake would refuse a launch; here its contexts are asked as well."""
     model.caption(IMAGES[0])
-    cache = model._answerer._idle_caches[0]
+    cache = model._answerer._caches._single[0]
     bound = {index: dict(context._context._addresses) for index, context in cache.contexts.items()}
     for prompt in ("ocr", "detect red circle", "a"):
         model.generate(IMAGES[1], prompt)
@@ -190,12 +190,16 @@ def test_after_any_failed_call_in_a_request_the_next_is_right_or_all_is_given_ba
     machine: Machine, built: dict[str, Path], target: str, options: dict[str, bool], reference: Callable[..., PaliGemma]
 ) -> None:
     """As where memory was short for a moment; most other failures of a real GPU are for good."""
-    wanted = reference("paligemma2", target).caption(IMAGES[0], max_new_tokens=3)
+    wanted = reference("paligemma2", target).caption(IMAGES[0], options=GenerationOptions(max_new_tokens=3))
     loaded = [load(built["paligemma2"], **options)]
     failures = 0
-    for _ in fail_each_call(machine, BROKEN, (), lambda: loaded[0].caption(IMAGES[1], max_new_tokens=3)):
+    for _ in fail_each_call(
+        machine, BROKEN, (), lambda: loaded[0].caption(IMAGES[1], options=GenerationOptions(max_new_tokens=3))
+    ):
         if failures % 2:  # else what the failed request began is still on the stream
-            assert loaded[0].caption(IMAGES[0], max_new_tokens=3).token_ids == wanted.token_ids
+            assert (
+                loaded[0].caption(IMAGES[0], options=GenerationOptions(max_new_tokens=3)).token_ids == wanted.token_ids
+            )
         loaded[0].close()
         machine.gpu.assert_all_released()
         loaded[0] = load(built["paligemma2"], **options)
@@ -250,7 +254,7 @@ def test_one_engine_at_a_time_is_checked_at_every_load(
 ) -> None:
     bundle = copy_bundle(built["paligemma"], tmp_path)
     with closing(load(bundle, sequential=True)) as model:
-        model.caption(IMAGES[0], max_new_tokens=2)
+        model.caption(IMAGES[0], options=GenerationOptions(max_new_tokens=2))
         engine = next(engine for engine in Bundle(bundle).manifest.engines if engine.target == target)
         plan = bundle / engine.vision_encoder.file
         content = bytearray(plan.read_bytes())
@@ -260,7 +264,7 @@ def test_one_engine_at_a_time_is_checked_at_every_load(
             plan.write_bytes(content)
         deserialized.clear()
         with pytest.raises(BundleError, match=plan.name):
-            model.caption(IMAGES[0], max_new_tokens=2)
+            model.caption(IMAGES[0], options=GenerationOptions(max_new_tokens=2))
         assert deserialized == []
 
 

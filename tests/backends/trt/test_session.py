@@ -21,19 +21,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtSession
 from paliedge.backends.select import BackendOptions
-from paliedge.backends.session import IdRange, Session, Step
+from paliedge.backends.session import GeneratedToken, IdRange, Session
 from paliedge.bench.cold_start import _start
 from paliedge.bundle.bundle import Bundle
 from paliedge.errors import UsageError
-from paliedge.generation.answering import EncodedImage
 from paliedge.generation.embedding import EmbeddingTable
+from paliedge.generation.request import EncodedImage
 from paliedge.inputs.images import load_image
 from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.results.generation import Generation
+from tests.answers import answer_together
 from tests.bundles import (
     MAX_NEW_TOKENS,
     MAX_PROMPT_TOKENS,
@@ -109,7 +110,7 @@ def test_all_tasks_give_what_onnx_runtime_gives(model: PaliGemma, expected: list
 def test_a_batch_is_answered_one_request_after_another(model: PaliGemma, expected: list[Answers]) -> None:
     prompts = ["detect red circle ; blue square", "caption en", "answer en how many circles?", "ocr"]
     requests = [(IMAGES[number], prompt) for number in (0, 1) for prompt in prompts]
-    assert summarize(list(model.generate_batch(requests, batch_size=3))) == [*expected[0], *expected[1]]
+    assert summarize(answer_together(model, requests, batch_size=3)) == [*expected[0], *expected[1]]
 
 
 def test_the_runtimes_own_session_on_onnx_runtime_says_the_same(
@@ -143,13 +144,13 @@ def test_a_step_can_be_repeated_with_other_tokens_allowed(
     embed = EmbeddingTable(Bundle(built[subject]))
     features = wanted.encode(IMAGES[0]).features
 
-    def run(session: Session[Any, Any], repeats: int) -> list[Step]:
+    def run(session: Session[Any, Any], repeats: int) -> list[GeneratedToken]:
         cache = session.new_cache()
         found = [session.prefill(cache, [features], embed([2, 3]), (0, last))]
         for token in (9, 10, 11, 12):
             found += session.decode(cache, embed([token]), [(0, last)])
             for other in range(repeats):
-                assert [step.token for step in session.repeat_decode(cache, [(other, other)])] == [other]
+                assert [step.token_id for step in session.repeat_decode(cache, [(other, other)])] == [other]
         return [step._replace(device_ms=None) for step in found]
 
     plain = run(wanted._session, 0)
@@ -191,11 +192,13 @@ def test_prompts_of_every_length(model: PaliGemma, wanted: PaliGemma) -> None:
         model.generate(encoded, longest + " a a a a a")
     for length in (*range(0, len(longest), 5), *range(len(longest), 0, -7)):
         prompt = longest[:length]
-        expected = wanted.generate(other, prompt, max_new_tokens=3)
-        assert summarize([model.generate(encoded, prompt, max_new_tokens=3)]) == summarize([expected]), prompt
+        expected = wanted.generate(other, prompt, options=GenerationOptions(max_new_tokens=3))
+        assert summarize([model.generate(encoded, prompt, options=GenerationOptions(max_new_tokens=3))]) == summarize(
+            [expected]
+        ), prompt
 
 
-def steps_to_capacity(session: Session[Any, Any], bundle: Bundle, choices: Sequence[IdRange]) -> list[Step]:
+def steps_to_capacity(session: Session[Any, Any], bundle: Bundle, choices: Sequence[IdRange]) -> list[GeneratedToken]:
     """The longest prefix and as many tokens as fit, twice in one cache; which tokens may win goes in turns."""
     manifest = bundle.manifest
     pixels = Preprocessor(manifest.preprocess, manifest.model.vision.image_size)(load_image(IMAGES[0]))
@@ -208,7 +211,7 @@ def steps_to_capacity(session: Session[Any, Any], bundle: Bundle, choices: Seque
     for _ in range(2):
         steps.append(session.prefill(cache, [features], prompt, next(turns)))
         for _ in range(manifest.limits.new_tokens):
-            steps += session.decode(cache, embed([steps[-1].token]), [next(turns)])
+            steps += session.decode(cache, embed([steps[-1].token_id]), [next(turns)])
     return [step._replace(device_ms=None) for step in steps]
 
 
@@ -226,7 +229,7 @@ def test_decoding_to_the_last_place_of_the_cache_and_the_choice_of_tokens(
         found = steps_to_capacity(session, bundle, choices)
     assert found == steps_to_capacity(open_reference(bundle, target), bundle, choices)
     assert len(found) == 2 * (1 + MAX_NEW_TOKENS)
-    assert all(first <= step.token <= last for step, (first, last) in zip(found, choices * 6, strict=True))
+    assert all(first <= step.token_id <= last for step, (first, last) in zip(found, choices * 6, strict=True))
 
 
 @TWO_BOARDS

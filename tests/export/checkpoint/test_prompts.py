@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Prompts
 from paliedge.cli import main
 from paliedge.errors import UsageError
-from paliedge.inputs.prompt import answer_prompt, box_prompt, caption_prompt, fill, ocr_prompt
+from paliedge.inputs.prompt import PromptMaker, fill
 from paliedge_export.checkpoint.prompts import PRESETS, choose_prompts
 from paliedge_export.exporter import export_bundle
 from tests.tiny import make_tiny
@@ -53,11 +53,11 @@ def test_a_known_fine_tune_is_known_by_its_name(checkpoint: str, preset: str) ->
 def test_a_known_fine_tune_is_asked_as_it_was_trained(preset: str, segment: str, answer: str) -> None:
     """As big_vision's configs/proj/paligemma/transfers have it, blanks and all."""
     prompts = choose_prompts(preset, "x")
-    assert box_prompt(prompts, "segment", "the cat").text == segment
-    assert answer_prompt(prompts, "why?").text == answer
-    assert box_prompt(prompts, "detect", "cat ; dog").text == "detect cat ; dog"
-    assert caption_prompt(prompts).text == "caption en"
-    assert ocr_prompt(prompts).text == "ocr"
+    assert PromptMaker(prompts).segment("the cat").text == segment
+    assert PromptMaker(prompts).ask("why?").text == answer
+    assert PromptMaker(prompts).detect("cat ; dog").text == "detect cat ; dog"
+    assert PromptMaker(prompts).caption().text == "caption en"
+    assert PromptMaker(prompts).ocr().text == "ocr"
 
 
 def test_a_file_says_what_differs(tmp_path: Path) -> None:
@@ -94,20 +94,21 @@ def test_the_bundle_asks_in_the_checkpoints_words(tmp_path: Path, monkeypatch: p
     assert "left as codes" in shown
     asked: list[str] = []
     with PaliGemma.load(bundle) as model:
-        encode = model._tokenizer.encode_prefix
+        tokenizer = model._make_request._tokenizer
+        encode = tokenizer.encode_prefix
 
         def note(text: str, **options: Any) -> list[int]:
             asked.append(text)
             return encode(text, **options)
 
-        monkeypatch.setattr(model._tokenizer, "encode_prefix", note)
+        monkeypatch.setattr(tokenizer, "encode_prefix", note)
         image = np.zeros((20, 20, 3), np.uint8)
-        model.ask(image, "why?", max_new_tokens=1)
-        model.segment(image, "the left one", max_new_tokens=1)
-        model.caption(image, "de", style="describe", max_new_tokens=1)
-        model.caption(image, style="cap", max_new_tokens=1)
-        model.caption(image, max_new_tokens=1)
-        model.question(image, "two", max_new_tokens=1)
+        model.ask(image, "why?", options=GenerationOptions(max_new_tokens=1))
+        model.segment(image, "the left one", options=GenerationOptions(max_new_tokens=1))
+        model.caption(image, "de", style="describe", options=GenerationOptions(max_new_tokens=1))
+        model.caption(image, style="cap", options=GenerationOptions(max_new_tokens=1))
+        model.caption(image, options=GenerationOptions(max_new_tokens=1))
+        model.question(image, "two", options=GenerationOptions(max_new_tokens=1))
     assert asked == ["Q why?", "the left one", "tell de", "cap en", "caption en", "for two?"]
 
 
@@ -118,7 +119,7 @@ def test_a_letterbox_travels_with_the_bundle(tmp_path: Path) -> None:
     assert manifest.preprocess.letterbox == (0, 0, 0)
     assert manifest.comparisons["cpu"].token_match == 1.0  # transformers saw the same squares
     with PaliGemma.load(bundle) as model:
-        assert model.encode(np.zeros((20, 40, 3), np.uint8)).frame == (0, 0.25, 1, 0.75)
+        assert model.encode(np.zeros((20, 40, 3), np.uint8)).content_box == (0, 0.25, 1, 0.75)
 
 
 @pytest.mark.parametrize(("colour", "code"), [("#727272", 0), ("greyish", 2)])

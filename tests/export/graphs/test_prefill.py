@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtSession
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Limits, Precision
@@ -23,6 +23,7 @@ from paliedge.errors import UsageError
 from paliedge_export.exporter import export_bundle
 from paliedge_export.options import Quantization
 from paliedge_export.writer import write_all_weights
+from tests.answers import answer_together
 from tests.tiny import make_tiny
 
 LIMITS = Limits(prefix=40, new_tokens=12)
@@ -57,7 +58,7 @@ def test_with_the_same_weights_it_changes_nothing(family: str, tmp_path: Path, m
         steps += [session.decode(cache, embeds[None], [(0, 300)])[0] for embeds in following]
         found.append((steps, cache))
     (steps, cache), (others, other) = found
-    assert [step.token for step in steps] == [step.token for step in others]
+    assert [step.token_id for step in steps] == [step.token_id for step in others]
     assert [step.log_prob for step in others] == pytest.approx([step.log_prob for step in steps], abs=1e-4)
     assert other.lengths.tolist() == cache.lengths.tolist()
     for name, buffer in cache.buffers.items():
@@ -110,8 +111,8 @@ def test_its_answers_are_the_same_alone_and_together(bundle: Path) -> None:
     requests = [(image, prompt) for image in IMAGES for prompt in PROMPTS]
     with PaliGemma.load(bundle) as model:
         assert verify_golden(Bundle(bundle), model) is not None
-        alone = [model.generate(*one, max_new_tokens=8) for one in requests]
-        together = list(model.generate_batch(requests, max_new_tokens=8))
+        alone = [model.generate(*one, options=GenerationOptions(max_new_tokens=8)) for one in requests]
+        together = answer_together(model, requests, GenerationOptions(max_new_tokens=8))
     assert [one.token_ids for one in together] == [one.token_ids for one in alone]
     assert len({tuple(one.token_ids) for one in alone}) > 1
 

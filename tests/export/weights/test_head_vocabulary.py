@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.shapes.calibration import FOLDER
 from benchmarks.shapes.scenes import CLASSES, HELD_OUT_SEED, make_scene
-from paliedge import PaliGemma
+from paliedge import GenerationOptions, PaliGemma
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Precision
 from paliedge.cli import main
@@ -75,7 +75,7 @@ def test_the_head_has_only_the_rows_that_such_answers_need(reduced: PaliGemma) -
 
 @pytest.mark.parametrize("prompt", ["detect red star", " detect red star ; ", "segment red star\n"])
 def test_its_own_tasks_are_not(prompt: str, reduced: PaliGemma) -> None:
-    assert reduced.generate(make_scene(1).image, prompt, max_new_tokens=1).finish_reason
+    assert reduced.generate(make_scene(1).image, prompt, options=GenerationOptions(max_new_tokens=1)).finish_reason
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,10 @@ def test_other_labels_are_refused(reduced: PaliGemma) -> None:
         reduced.detect(make_scene(1).image, ["red star", "dog"])
     with pytest.raises(UsageError, match="found 'dog'"):
         reduced.generate(make_scene(1).image, "segment dog")
-    assert reduced.generate(make_scene(1).image, "segment red star", max_new_tokens=2).token_ids is not None
+    assert (
+        reduced.generate(make_scene(1).image, "segment red star", options=GenerationOptions(max_new_tokens=2)).token_ids
+        is not None
+    )
 
 
 def test_labels_come_from_a_file(tmp_path: Path) -> None:

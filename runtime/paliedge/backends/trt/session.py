@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from paliedge.backends.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, gpu_info
-from paliedge.backends.session import FloatArray, IdRange, IntArray, Step
+from paliedge.backends.session import FloatArray, GeneratedToken, IdRange, IntArray
 from paliedge.backends.trt.buffers import CacheLayout, Small, SmallTensors, TrtCache
 from paliedge.backends.trt.engine import LoadedEngine
 from paliedge.backends.trt.flavours import TensorRt
 from paliedge.backends.trt.parts import DECODE, LoadedDecoder, LoadedMasks, LoadedVision
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Engine
-from paliedge.errors import DeviceError, UsageError
+from paliedge.errors import ClosedError, DeviceError
 
 
 class DeviceFeatures:
@@ -113,7 +113,7 @@ class TrtSession:
             self.close()
 
     def close(self) -> None:
-        """Give everything back to the GPU; nothing works afterwards."""
+        """Give everything back to the GPU."""
         with self._lock:
             self._closed = True
             self._unload_vision()
@@ -158,7 +158,7 @@ class TrtSession:
         prompt_embeds: FloatArray,
         allowed: IdRange,
         row: int = 0,
-    ) -> Step:
+    ) -> GeneratedToken:
         parts: list[DeviceFeatures | FloatArray] = [
             one if isinstance(one, DeviceFeatures) and one._session is self else np.asarray(one, np.float32)
             for one in image_features  # another session, which may be busy, copies what is its own
@@ -178,7 +178,7 @@ class TrtSession:
             cache.small.download(self._stream)
             return self._read_step(cache)
 
-    def decode(self, cache: TrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[Step]:
+    def decode(self, cache: TrtCache, inputs_embeds: FloatArray, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         with self._working():
             decoder = self._load_decoder()
             decoder.bind(cache, self._stream)
@@ -189,7 +189,7 @@ class TrtSession:
             cache.length += 1
             return [self._read_step(cache)]
 
-    def repeat_decode(self, cache: TrtCache, allowed: Sequence[IdRange]) -> list[Step]:
+    def repeat_decode(self, cache: TrtCache, allowed: Sequence[IdRange]) -> list[GeneratedToken]:
         with self._working():
             self._load_decoder().bind(cache, self._stream)
             self._launch_decode(cache, allowed)
@@ -256,10 +256,10 @@ class TrtSession:
             self._stream.copy(decoder.prefix.address + offset, source, num_bytes)
             offset += num_bytes
 
-    def _read_step(self, cache: TrtCache) -> Step:
+    def _read_step(self, cache: TrtCache) -> GeneratedToken:
         device_ms = self._finish()
         arrays = cache.small.arrays
-        return Step(int(arrays["next_token"][0]), float(arrays["log_prob"][0]), device_ms)
+        return GeneratedToken(int(arrays["next_token"][0]), float(arrays["log_prob"][0]), device_ms)
 
     def _finish(self) -> float:
         """Wait for the stream; returns the milliseconds since `_start`, as the GPU saw them."""
@@ -285,7 +285,7 @@ class TrtSession:
         """The session to oneself, while it is open."""
         with self._lock:
             if self._closed:
-                raise UsageError(expected="an open model", found="one that was closed", action="Load the bundle again.")
+                raise ClosedError
             yield
 
     def _load_vision(self) -> LoadedVision:
