@@ -363,7 +363,7 @@ def test_batch_and_overlap_change_neither_answers_nor_their_order(tmp_path: Path
 
 
 def test_an_error_in_the_middle_keeps_the_answers_so_far(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, calls = PaliGemma.encode, []
+    encode, calls = PaliGemma._encode, []
 
     def fail_at_the_second(*arguments: object, **options: object) -> object:
         calls.append(arguments)
@@ -371,7 +371,7 @@ def test_an_error_in_the_middle_keeps_the_answers_so_far(pictures: Path, monkeyp
             raise DeviceError(expected="a GPU", found="none", action="Buy one.")
         return encode(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PaliGemma, "encode", fail_at_the_second)
+    monkeypatch.setattr(PaliGemma, "_encode", fail_at_the_second)
     result = run("caption", pictures, "--format", "json")
     assert result.exit_code == 1
     assert [Path(row["source"]).name for row in json.loads(result.stdout)] == ["one.png"]

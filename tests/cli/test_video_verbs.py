@@ -157,7 +157,7 @@ def interruptible() -> Generator[None, None, None]:
 def test_a_signal_ends_a_live_source_with_a_playable_video(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, calls = PaliGemma.encode, []
+    encode, calls = PaliGemma._encode, []
 
     def interrupt_at_the_fourth(*arguments: Any, **options: Any) -> object:
         calls.append(arguments)
@@ -165,7 +165,7 @@ def test_a_signal_ends_a_live_source_with_a_playable_video(
             signal.raise_signal(number)
         return encode(*arguments, **options)
 
-    monkeypatch.setattr(PaliGemma, "encode", interrupt_at_the_fourth)
+    monkeypatch.setattr(PaliGemma, "_encode", interrupt_at_the_fourth)
     result = run("detect", "rtsp://me:secret@cam/door", LABELS, "--format", "json", "--save", tmp_path)
     assert result.exit_code == 130
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -184,7 +184,7 @@ def test_the_newest_frames_wait_for_the_model_as_many_as_the_buffer_holds(
     options: list[object], numbers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_asked, is_given = threading.Event(), threading.Event()
-    encode = PaliGemma.encode
+    encode = PaliGemma._encode
 
     def read(*arguments: object) -> Generator[FrameThunk, None, None]:
         for number in range(9):
@@ -198,7 +198,7 @@ def test_the_newest_frames_wait_for_the_model_as_many_as_the_buffer_holds(
         return encode(*arguments, **options)
 
     monkeypatch.setattr(sources, "read_stream", read)
-    monkeypatch.setattr(PaliGemma, "encode", wait)
+    monkeypatch.setattr(PaliGemma, "_encode", wait)
     result = run("caption", "rtsp://cam/door", "--reconnect", 0, "--json", *options)
     rows = rows_of(result)
     assert [row["source"] for row in rows if "error" not in row] == [f"cam/door#{number}" for number in numbers]

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from paliedge.backends.cuda import GpuInfo
-from paliedge.backends.trt import build
+from paliedge.backends.trt import match
 from paliedge.backends.trt.flavours import ANY_GPU, TensorRt, find_flavours
 from paliedge.bundle.manifest import MANIFEST, Engine, File, Plan, Precision
 from paliedge.diagnostics import doctor
@@ -238,7 +238,7 @@ ON_TENSORRT, ON_RTX, ON_ORT = "  on TensorRT 10.3.0", "  on TensorRT for RTX 1.7
 
 def put_machine(monkeypatch: pytest.MonkeyPatch, gpu: GpuInfo, *flavours: TensorRt, free: float = 30e9) -> None:
     """A machine with this GPU, these TensorRTs and so much memory of the host."""
-    for module in (doctor, build):
+    for module in (doctor, match):
         monkeypatch.setattr(module, "probe_gpu", lambda: gpu)
     monkeypatch.setattr(doctor, "find_flavours", lambda: iter(flavours))
     monkeypatch.setattr(doctor, "available_memory", lambda: FreeMemory(int(free), 0))

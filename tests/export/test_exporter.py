@@ -18,7 +18,7 @@ from paliedge.backends import ort
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Precision
 from paliedge.errors import CheckpointError, PrecisionError, UsageError
-from paliedge_export import exporter
+from paliedge_export import exporter, options
 from paliedge_export.checkpoint import opening
 from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.checkpoint.config import ModelConfig, read_config
@@ -49,7 +49,7 @@ def test_two_exports_are_the_same_to_the_byte(tiny: Tiny, tmp_path: Path) -> Non
 
 def test_the_largest_gemma_2_is_never_fp16(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert GEMMA2_27B_WIDTH == 4608
-    monkeypatch.setattr(opening, "GEMMA2_27B_WIDTH", read_config(tiny.checkpoint).text.hidden_size)
+    monkeypatch.setattr(options, "GEMMA2_27B_WIDTH", read_config(tiny.checkpoint).text.hidden_size)
     with pytest.raises(UsageError, match="--precision fp32"):
         export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16")
 

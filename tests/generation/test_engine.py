@@ -277,7 +277,7 @@ def test_there_is_room_until_every_row_is_spoken_for() -> None:
 def test_a_cancelled_request_says_no_more_and_leaves_its_row_to_the_next() -> None:
     session = ScriptedSession(ANSWERS)
     engine = engine_on(session, num_rows=2)
-    long, other, waiting = (engine.add(request(10, prompt=prompt)) for prompt in (40, 43, 44))
+    long, other, waiting = (engine.add(request(LIMITS.get(prompt, 10), prompt=prompt)) for prompt in (40, 43, 44))
     for _ in range(3):
         engine.step()
     engine.cancel(long)

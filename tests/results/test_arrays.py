@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 import paliedge
 from paliedge import GenerationOptions
-from paliedge.errors import MissingExtraError, OutputError, UsageError
+from paliedge.errors import ImageError, MissingExtraError, OutputError, UsageError
 from paliedge.model import SHIPPED_BUNDLE, PaliGemma
 from paliedge.results.generation import Generation, Timings
 from paliedge.results.locations import Detection
@@ -159,8 +160,9 @@ def test_plots_show_boxes_or_else_the_text() -> None:
 
 
 def test_a_plot_without_a_picture_says_what_to_do() -> None:
-    with pytest.raises(UsageError, match="image=load_image"):
+    with pytest.raises(UsageError, match=r"answer.plot\(picture\)"):
         answer(CAT).plot()
+    assert answer(CAT)._repr_png_() is None
 
 
 def test_saving_makes_folders_and_knows_what_cannot_be(tmp_path: Path) -> None:
@@ -176,21 +178,49 @@ def test_saving_makes_folders_and_knows_what_cannot_be(tmp_path: Path) -> None:
         found.save_txt(path / "deeper.txt")
 
 
-def test_the_picture_is_no_part_of_equality_or_repr() -> None:
-    with_image = answer(CAT, image=Image.new("RGB", WH))
-    assert with_image == answer(CAT)
-    assert "image=" not in repr(with_image)
+def test_the_picture_is_no_part_of_equality() -> None:
+    assert answer(CAT, image=Image.new("RGB", WH)) == answer(CAT)
 
 
-def test_a_model_gives_answers_that_can_be_plotted() -> None:
+def test_a_repr_is_one_line_a_person_reads() -> None:
+    assert repr(answer(CAT, DOG)).startswith("<Generation: cat 0.90, dog 0.25; ")
+    assert "and 2 more" in repr(answer(*[CAT] * 6))
+    assert repr(answer(text="a cat\non a mat")).startswith("<Generation: 'a cat\\non a mat'; ")
+    assert len(repr(answer(text="word " * 100))) < 150
+    cut = replace(answer(text="a"), finish_reason="length")
+    assert "cut off at the token limit" in repr(cut)
+
+
+def test_an_answer_holds_its_picture_only_if_that_was_asked() -> None:
     picture = Image.new("RGB", (40, 30), "red")
+    options = GenerationOptions(max_new_tokens=1)
     with PaliGemma.load(SHIPPED_BUNDLE) as model:
-        found = model.ocr(picture, options=GenerationOptions(max_new_tokens=1))
-        again = model.ocr(model.encode(picture), options=GenerationOptions(max_new_tokens=1))
-    for each in (found, again):
+        plain = model.ocr(picture, options)
+        kept = [
+            model.ocr(picture, replace(options, keep_image=True)),
+            model.ocr(model.encode(picture, keep_image=True), options),
+        ]
+    assert (plain.image, plain.path) == (None, None)
+    assert plain.plot(picture).width == 560
+    for each in kept:
         assert each.image is not None
         assert each.image.tobytes() == picture.tobytes()
         assert each.plot().width == 560
+        assert (each._repr_png_() or b"").startswith(b"\x89PNG")
+
+
+def test_the_picture_of_a_file_is_read_again_and_another_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    with PaliGemma.load(SHIPPED_BUNDLE) as model:
+        found = model.ocr(str(path), GenerationOptions(max_new_tokens=1))
+    assert found.path == path
+    assert found.plot().tobytes() == found.plot(Image.new("RGB", (40, 30), "red")).tobytes()
+    with pytest.raises(UsageError, match="40 x 30"):
+        found.plot(Image.new("RGB", (30, 40)))
+    path.unlink()
+    with pytest.raises(ImageError):
+        found.plot()
 
 
 @pytest.mark.whole

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paliedge.backends.session import Session
-from paliedge.backends.trt.build import build_engine
 from paliedge.backends.trt.flavours import TensorRt, load_flavour
 from paliedge.backends.trt.match import describe, describe_gpu, find_engine
 from paliedge.bundle.bundle import Bundle
@@ -135,6 +134,8 @@ def _open_tensorrt(
     capability = describe_gpu(trt)[0]
     engine = find_engine(bundle.manifest, trt, capability)
     if engine is None and options.on_mismatch == "rebuild":
+        from paliedge.backends.trt.build import build_engine
+
         engine = build_engine(bundle.folder, flavour, report=report)
         bundle = Bundle(bundle.folder)
     if engine is None:

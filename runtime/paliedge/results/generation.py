@@ -177,7 +177,9 @@ class Generation:
         return draw_detections(image, self.detections) if self.detections else draw_answer(image, self.text)
 
     def _picture(self, given: ImageSource | None) -> Image.Image:
-        source = next((one for one in (given, self.image, self.path) if one is not None), None)
+        if given is None and self.image:
+            return self.image
+        source = self.path if given is None else given
         if source is None:
             raise UsageError(
                 expected="the picture that was asked about",
