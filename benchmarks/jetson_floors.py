@@ -17,14 +17,14 @@ from typing import Any
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Manifest
 from paliedge.planning.devices import DEVICES
-from paliedge.planning.memory import plan_bundle
+from paliedge.planning.memory import estimate_device
 
 
 def floors(manifest: Manifest) -> list[dict[str, Any]]:
     """A row for each device and each precision that fits it; milliseconds."""
     rows = []
     for device in DEVICES.values():
-        for one in plan_bundle(manifest, device).precisions:
+        for one in estimate_device(manifest, device).precisions:
             if one.residency != "none":
                 times = {"floor_ms": asdict(one.floor), "sustained_ms": asdict(one.sustained)}
                 about = {"device": device.name, "precision": one.precision, "residency": one.residency}

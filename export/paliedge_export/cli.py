@@ -21,8 +21,8 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
 
     try:
         red, green, blue = ImageColor.getrgb(value)[:3]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no colour such as black or #727272") from None
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no colour such as black or #727272") from error
     return red, green, blue
 
 
@@ -187,7 +187,7 @@ def export(
             expected="the packages of the extra 'export'",
             found=f"no package {error.name}",
             action='Run `pip install "paliedge[cpu,export]"`.',
-        ) from None
+        ) from error
     manifest = export_bundle(
         checkpoint,
         output,

@@ -29,7 +29,7 @@ from paliedge_export.gate.bfloat16 import emulated
 from paliedge_export.gate.compare import MAX_IMAGES, check, compare, find_obstacle, find_wrong_sums
 from paliedge_export.gate.golden import golden_from_answers
 from paliedge_export.gate.reference import Reference
-from paliedge_export.gate.runner import Answers, Runner, collect_statistics, ignore_outputs
+from paliedge_export.gate.runner import ReferenceRun, Runner, collect_statistics, ignore_outputs
 from paliedge_export.gate.sensitivity import NUM_SAMPLES, Trial, keep_worst, rank_layers
 from paliedge_export.graphs.mask_decoder import find_mask_decoder, load_mask_decoder
 from paliedge_export.options import (
@@ -49,7 +49,7 @@ from paliedge_export.weights.linears import Linear, linears
 from paliedge_export.weights.samples import CALIBRATE, Sample, SampleFolder
 from paliedge_export.weights.smoothing import smooth, unsmoothed
 from paliedge_export.writer import (
-    Source,
+    ModelSource,
     StoredByLayout,
     add_files,
     write_all_weights,
@@ -115,7 +115,7 @@ def export_bundle(
     prefix = limits.prefix + max_images * config.vision.num_image_tokens
     masks_file = mask_decoder or next(filter(None, map(find_mask_decoder, folders_of(tensors))), None)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
-    source = Source(
+    source = ModelSource(
         name=name,
         folder=folder,
         config=config,
@@ -142,7 +142,7 @@ class _Job:
     """One export, its stages in order."""
 
     staging: Path
-    source: Source
+    source: ModelSource
     checkpoint: Checkpoint
     targets: tuple[str, ...]
     precision: Precision
@@ -192,7 +192,7 @@ class _Job:
 
     def _refer(
         self, samples: Sequence[Sample], statistics: Statistics, *, judge: bool
-    ) -> tuple[Answers | None, Answers | None]:
+    ) -> tuple[ReferenceRun | None, ReferenceRun | None]:
         """The reference's answers to the samples that count and to the golden prompts; fills `statistics` if empty.
 
         Unless it is to `judge`, samples that do nothing else are left out. A quantised bundle's golden is its own, so
@@ -264,8 +264,8 @@ class _Job:
         self,
         manifest: Manifest,
         samples: Sequence[Sample],
-        reference: Answers | None,
-        golden: Answers | None,
+        reference: ReferenceRun | None,
+        golden: ReferenceRun | None,
         report: PrecisionReport,
         stored: StoredByLayout,
         encoding: Encoding,
@@ -324,8 +324,8 @@ class _Job:
             not_compared[other] = not_compared[one]
 
     def _judge(
-        self, manifest: Manifest, name: str, samples: Sequence[Sample], reference: Answers, *, golden: bool
-    ) -> tuple[TargetReport, Answers | None]:
+        self, manifest: Manifest, name: str, samples: Sequence[Sample], reference: ReferenceRun, *, golden: bool
+    ) -> tuple[TargetReport, ReferenceRun | None]:
         """Compare the target `name`; with `golden` its answers to the golden samples, too."""
         self.report(f"comparing {name} with {reference.reference}")
         precision = manifest.targets[name].precision

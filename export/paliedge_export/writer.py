@@ -54,7 +54,7 @@ _TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What is exported: a checkpoint's small files read, and what was asked of the bundle.
 
     `vocabulary` is that of a reduced head, None for all tokens; `mask_decoder` the tensors of one, if there is one.
@@ -89,7 +89,7 @@ StoredByLayout = dict[Layout, StoredGraphs]
 
 
 def write_all_weights(
-    folder: Path, source: Source, tensors: Tensors, targets: Sequence[str], encoding: Encoding
+    folder: Path, source: ModelSource, tensors: Tensors, targets: Sequence[str], encoding: Encoding
 ) -> StoredByLayout:
     """Floats once for all targets, integers once a layout."""
     layouts = list(dict.fromkeys(TARGETS[name].lowering.layout for name in targets))
@@ -105,7 +105,7 @@ def write_all_weights(
 
 
 def write_bundle(
-    folder: Path, source: Source, stored: StoredByLayout, targets: Sequence[str], encoding: Encoding
+    folder: Path, source: ModelSource, stored: StoredByLayout, targets: Sequence[str], encoding: Encoding
 ) -> Manifest:
     """Graphs on the weights that are `stored` in `folder`, tokenizer and manifest."""
     shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
@@ -151,7 +151,7 @@ def add_files(folder: Path, manifest: Manifest) -> Manifest:
     return write_manifest(folder, msgspec.structs.replace(manifest, files=files))
 
 
-def write_target(folder: Path, source: Source, name: str, stored: StoredByLayout, encoding: Encoding) -> Target:
+def write_target(folder: Path, source: ModelSource, name: str, stored: StoredByLayout, encoding: Encoding) -> Target:
     """A target's own graphs; a file that another target has written alike is written again, the same."""
     lowering = TARGETS[name].lowering
     vision, decoder, prefill = stored[lowering.layout]

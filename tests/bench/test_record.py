@@ -17,7 +17,7 @@ from paliedge.bench.plots import import_matplotlib, plot
 from paliedge.bench.record import (
     Accuracy,
     ColdStart,
-    Memory,
+    MemoryUse,
     Record,
     Roofs,
     Run,
@@ -78,7 +78,7 @@ def make_record(token: float = 5.0, precision: str = "int8", **changes: object) 
         warnings=["not quiet"],
         roofs=Roofs(read_bytes_per_s=30e9, flops_per_s=100e9, int8_ops_per_s=200e9, how="numpy"),
         cold_starts=[cold_start(engine) for engine in (1.0, 1.2, 2.0)],
-        memory=Memory(peak_rss=10**9, pss=None, anonymous=10**8, device=None),
+        memory=MemoryUse(peak_rss=10**9, pss=None, anonymous=10**8, device=None),
         accuracy=Accuracy(num_answers=6, num_equal=5, num_ties=1),
         runs=[make_run(token)],
         interrupted=False,
@@ -143,7 +143,7 @@ def test_a_handful_of_samples_is_no_verdict(n: int, verdict: str) -> None:
 def test_what_lies_behind_a_latency_is_told_where_it_differs() -> None:
     second = make_record(
         runs=[msgspec.structs.replace(make_run(), num_changed=2), make_run(scenario="offline")],
-        memory=Memory(peak_rss=2 * 10**9, pss=None, anonymous=10**8, device=None),
+        memory=MemoryUse(peak_rss=2 * 10**9, pss=None, anonymous=10**8, device=None),
         accuracy=Accuracy(num_answers=6, num_equal=3, num_ties=1),
         interrupted=True,
     )

@@ -11,7 +11,7 @@ from paliedge import Generation, GenerationOptions, Timings
 from paliedge.bench import scenarios
 from paliedge.bench.power import CountingMeter
 from paliedge.bench.record import Run
-from paliedge.bench.scenarios import Limits, Plan, Query, Trace, _stretches, run
+from paliedge.bench.scenarios import Query, RunLimits, ScenarioSettings, Trace, _stretches, run
 from paliedge.results.generation import DeviceTimings
 
 
@@ -68,12 +68,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def measure(model: ScriptedModel, plan: Plan, limits: Limits, **rest: Any) -> Run:
-    return run(model, QUERIES, plan, limits, **rest)  # type: ignore[arg-type]
+def measure(model: ScriptedModel, settings: ScenarioSettings, limits: RunLimits, **rest: Any) -> Run:
+    return run(model, QUERIES, settings, limits, **rest)  # type: ignore[arg-type]
 
 
 def test_a_single_stream_lasts_as_long_as_asked_and_every_stage_is_told(clock: Clock) -> None:
-    found = measure(ScriptedModel(clock, 0.1), Plan("single-stream"), Limits(seconds=4.95))
+    found = measure(ScriptedModel(clock, 0.1), ScenarioSettings("single-stream"), RunLimits(seconds=4.95))
     assert found.num_answers == 50
     assert found.seconds == pytest.approx(5.0)
     assert found.answers_per_s == pytest.approx(10.0)
@@ -91,13 +91,15 @@ def test_a_single_stream_lasts_as_long_as_asked_and_every_stage_is_told(clock: C
 
 
 def test_few_but_slow_answers_are_still_ten_and_runs_are_counted(clock: Clock) -> None:
-    assert measure(ScriptedModel(clock, 3.0), Plan("single-stream"), Limits(seconds=4)).num_answers == 10
-    assert measure(ScriptedModel(clock, 0.1), Plan("single-stream"), Limits(max_queries=3)).num_answers == 3
+    assert measure(ScriptedModel(clock, 3.0), ScenarioSettings("single-stream"), RunLimits(seconds=4)).num_answers == 10
+    assert (
+        measure(ScriptedModel(clock, 0.1), ScenarioSettings("single-stream"), RunLimits(max_queries=3)).num_answers == 3
+    )
 
 
 def test_multi_stream_times_whole_queries(clock: Clock) -> None:
     model = ScriptedModel(clock, 0.1)
-    found = measure(model, Plan("multi-stream", 8), Limits(max_queries=5))
+    found = measure(model, ScenarioSettings("multi-stream", 8), RunLimits(max_queries=5))
     assert (found.num_answers, found.latency.n) == (40, 5)
     assert found.latency.p50 == pytest.approx(400.0)
     assert set(model.batches) == {8}
@@ -106,7 +108,7 @@ def test_multi_stream_times_whole_queries(clock: Clock) -> None:
 
 def test_offline_gives_all_at_once_in_whole_batches(clock: Clock) -> None:
     model = ScriptedModel(clock, 0.1)
-    found = measure(model, Plan("offline", 4), Limits(seconds=1.0))
+    found = measure(model, ScenarioSettings("offline", 4), RunLimits(seconds=1.0))
     assert model.batches == [4]
     assert found.num_answers % 4 == 0
     assert found.answers_per_s == pytest.approx(20.0)
@@ -122,7 +124,7 @@ def test_bursts_of_an_offline_run_are_evened_out() -> None:
 
 
 def test_a_fast_model_waits_for_the_camera(clock: Clock) -> None:
-    found = measure(ScriptedModel(clock, 0.04), Plan("camera", fps=10), Limits(seconds=4.9))
+    found = measure(ScriptedModel(clock, 0.04), ScenarioSettings("camera", fps=10), RunLimits(seconds=4.9))
     assert (found.num_dropped, found.num_late) == (0, 0)
     assert found.num_answers == 50
     assert found.latency.p50 == pytest.approx(40.0)
@@ -130,7 +132,7 @@ def test_a_fast_model_waits_for_the_camera(clock: Clock) -> None:
 
 
 def test_a_slow_model_drops_what_it_cannot_look_at_and_answers_late(clock: Clock) -> None:
-    found = measure(ScriptedModel(clock, 0.25), Plan("camera", fps=10), Limits(seconds=9.9))
+    found = measure(ScriptedModel(clock, 0.25), ScenarioSettings("camera", fps=10), RunLimits(seconds=9.9))
     assert found.num_answers == 40
     assert found.num_late == 40
     assert found.num_dropped == 97 - 39  # the last answer was to the frame that came at 9.7 s
@@ -140,7 +142,7 @@ def test_a_slow_model_drops_what_it_cannot_look_at_and_answers_late(clock: Clock
 
 def test_answers_that_change_are_counted(clock: Clock) -> None:
     model = ScriptedModel(clock, 0.1, tokens=lambda count: (7, count) if count == 40 else (7, 8))
-    assert measure(model, Plan("single-stream"), Limits(seconds=5)).num_changed == 1
+    assert measure(model, ScenarioSettings("single-stream"), RunLimits(seconds=5)).num_changed == 1
 
 
 def test_ctrl_c_keeps_what_was_measured(clock: Clock) -> None:
@@ -148,14 +150,14 @@ def test_ctrl_c_keeps_what_was_measured(clock: Clock) -> None:
         if len(trace.answers) == 7:
             raise KeyboardInterrupt
 
-    found = measure(ScriptedModel(clock, 0.1), Plan("single-stream"), Limits(), progress=stop_at_seven)
+    found = measure(ScriptedModel(clock, 0.1), ScenarioSettings("single-stream"), RunLimits(), progress=stop_at_seven)
     assert found.interrupted
     assert found.num_answers == 7
 
 
 def test_energy_is_what_the_meter_counts_with_and_without_what_idling_takes(clock: Clock) -> None:
     meter = CountingMeter("scripted", lambda: 20.0 * clock.now)
-    found = measure(ScriptedModel(clock, 0.1), Plan("single-stream"), Limits(seconds=4.95), meter=meter)
+    found = measure(ScriptedModel(clock, 0.1), ScenarioSettings("single-stream"), RunLimits(seconds=4.95), meter=meter)
     assert found.energy is not None
     assert found.energy.watts == pytest.approx(20.0)
     assert found.energy.idle_watts == pytest.approx(20.0)
@@ -163,20 +165,22 @@ def test_energy_is_what_the_meter_counts_with_and_without_what_idling_takes(cloc
     assert found.energy.joules_per_token == pytest.approx(1.0)
     assert found.energy.joules_per_answer_above_idle == pytest.approx(0.0)
     broken = CountingMeter("a counter that begins anew", lambda: -clock.now)
-    assert measure(ScriptedModel(clock, 0.1), Plan("single-stream"), Limits(), meter=broken).energy is None
+    assert (
+        measure(ScriptedModel(clock, 0.1), ScenarioSettings("single-stream"), RunLimits(), meter=broken).energy is None
+    )
 
 
 def test_nothing_is_measured_before_the_model_is_warm(clock: Clock) -> None:
     model = ScriptedModel(clock, 0.1)
-    found = measure(model, Plan("single-stream"), Limits(max_queries=5))
+    found = measure(model, ScenarioSettings("single-stream"), RunLimits(max_queries=5))
     assert model.count - found.num_answers >= 10  # a second of answers
     slow = ScriptedModel(clock, 6.0)
-    assert measure(slow, Plan("single-stream"), Limits(max_queries=1)).num_answers == 1
+    assert measure(slow, ScenarioSettings("single-stream"), RunLimits(max_queries=1)).num_answers == 1
     assert slow.count <= 1 + len(QUERIES)
 
 
 def test_a_run_keeps_no_pictures(clock: Clock) -> None:
     kept: list[Trace] = []
-    measure(ScriptedModel(clock, 0.1), Plan("offline", 4), Limits(max_queries=8), progress=kept.append)
+    measure(ScriptedModel(clock, 0.1), ScenarioSettings("offline", 4), RunLimits(max_queries=8), progress=kept.append)
     assert len(kept[-1].answers) == 8
     assert not any(isinstance(part, Generation) for answer in kept[-1].answers for part in answer)

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from paliedge.bench.record import Roofs, Stage, read_record, write_record
 from paliedge.bench.runner import _backend, _spread_warnings
-from paliedge.bench.scenarios import Answer, Plan, Trace
+from paliedge.bench.scenarios import ScenarioSettings, TimedAnswer, Trace
 from paliedge.bench.shares import add_shares, step_bytes
 from paliedge.bench.summaries import summarise
 from paliedge.bundle.bundle import Bundle
@@ -100,7 +100,7 @@ def test_a_folder_of_pictures_and_a_prompt_can_be_measured() -> None:
 
 
 def test_ctrl_c_writes_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(progress: object, plan: Plan, trace: Trace) -> None:
+    def stop(progress: object, settings: ScenarioSettings, trace: Trace) -> None:
         if len(trace.answers) == 7:
             raise KeyboardInterrupt
 
@@ -132,9 +132,9 @@ def test_ctrl_c_behind_the_scenarios_keeps_them(tmp_path: Path, monkeypatch: pyt
 
 def test_progress_is_shown_before_the_first_whole_batch(capsys: pytest.CaptureFixture[str]) -> None:
     trace = Trace()
-    trace.answers.append(Answer(0, (1,), Timings(0.0, 0.0, 1.0, ())))
+    trace.answers.append(TimedAnswer(0, (1,), Timings(0.0, 0.0, 1.0, ())))
     progress = _Progress(shows=True)
-    progress(Plan("offline", 4), trace)
+    progress(ScenarioSettings("offline", 4), trace)
     progress.end()
     assert "offline 4: 1 answers" in capsys.readouterr().err
 

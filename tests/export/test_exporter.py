@@ -133,7 +133,7 @@ def test_answers_that_are_no_numbers_are_not_published(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class ReferenceOfNan(reference.Reference):
-        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> runner.Answers:
+        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> runner.ReferenceRun:
             found = super().answer(samples, kept_tokens)
             for row in found.answers:
                 row[:] = [dataclasses.replace(one, log_probs=[math.nan] * len(one.tokens)) for one in row]

@@ -16,16 +16,16 @@ from paliedge.planning.devices import DEVICES, TARGET_NAMES, Device
 from paliedge.planning.memory import (
     BUILD_FACTOR,
     OVERHEAD_BYTES,
-    DevicePlan,
+    DeviceEstimate,
     FreeMemory,
-    PrecisionPlan,
+    PrecisionEstimate,
     available_memory,
     cache_bytes,
     check_build_memory,
     check_run_memory,
     estimate_decoder_workspace,
+    estimate_device,
     estimate_vision_workspace,
-    plan_bundle,
 )
 from tests.large import COUNTED, PALIGEMMA2_3B, PALIGEMMA_3B, Size, make_manifest
 
@@ -37,8 +37,8 @@ NANO, AGX = DEVICES["orin-nano-8gb"], DEVICES["agx-orin-64gb"]
 GB = 10**9
 
 
-def plan_of(precision: str, plan: DevicePlan) -> PrecisionPlan:
-    (found,) = (one for one in plan.precisions if one.precision == precision)
+def estimate_of(precision: str, estimate: DeviceEstimate) -> PrecisionEstimate:
+    (found,) = (one for one in estimate.precisions if one.precision == precision)
     return found
 
 
@@ -72,15 +72,17 @@ def test_only_orins_take_jetpack_6() -> None:
 )
 def test_weights_are_those_published(size: Size, weights: dict[str, float]) -> None:
     """The published int4 has 2 bytes for each of the vision encoder's 0.415 billion parameters, the exported one 1."""
-    for plan in plan_bundle(make_manifest(size), AGX).precisions:
-        assert (plan.memory.vision + plan.memory.decoder) / GB == pytest.approx(weights[plan.precision], abs=0.006)
+    for estimate in estimate_device(make_manifest(size), AGX).precisions:
+        assert (estimate.memory.vision + estimate.memory.decoder) / GB == pytest.approx(
+            weights[estimate.precision], abs=0.006
+        )
 
 
 @pytest.mark.parametrize(("size", "image_size", "vision", "layers", "head"), COUNTED)
 def test_weights_are_parameters_by_their_bytes(
     size: Size, image_size: int, vision: int, layers: int, head: int
 ) -> None:
-    found = [one.memory for one in plan_bundle(make_manifest(size, image_size), AGX).precisions]
+    found = [one.memory for one in estimate_device(make_manifest(size, image_size), AGX).precisions]
     assert [memory.vision for memory in found] == [2 * vision, vision, vision]
     assert [memory.decoder for memory in found] == [2 * (layers + head), layers + head, layers * 33 // 64 + head]
 
@@ -88,7 +90,9 @@ def test_weights_are_parameters_by_their_bytes(
 def test_a_reduced_head_is_resident_and_the_whole_table_is_mapped() -> None:
     manifest = make_manifest(PALIGEMMA_3B)
     reduced = msgspec.structs.replace(manifest, vocabulary=Vocabulary(labels=("cat",), num_tokens=1500))
-    for whole, small in zip(plan_bundle(manifest, AGX).precisions, plan_bundle(reduced, AGX).precisions, strict=True):
+    for whole, small in zip(
+        estimate_device(manifest, AGX).precisions, estimate_device(reduced, AGX).precisions, strict=True
+    ):
         head_bytes = {"fp16": 2, "int8": 1, "int4": 1}[small.precision]
         assert small.memory.table == whole.memory.table == 257216 * 2048 * head_bytes
         assert whole.memory.decoder - small.memory.decoder == (257216 - 1500) * 2048 * head_bytes
@@ -100,7 +104,7 @@ def test_the_cache_holds_prefix_and_answer_of_the_limits() -> None:
 
 
 def test_the_table_is_mapped_and_not_resident() -> None:
-    tied, untied = (plan_bundle(make_manifest(tied=tied), AGX).precisions[0].memory for tied in (True, False))
+    tied, untied = (estimate_device(make_manifest(tied=tied), AGX).precisions[0].memory for tied in (True, False))
     assert tied == untied
     assert tied.table == 257216 * 2048 * 2
     assert tied.both == sum(
@@ -109,10 +113,10 @@ def test_the_table_is_mapped_and_not_resident() -> None:
 
 
 def test_one_engine_at_a_time_takes_the_larger_stage() -> None:
-    memory = plan_bundle(make_manifest(PALIGEMMA_3B), AGX).precisions[0].memory
+    memory = estimate_device(make_manifest(PALIGEMMA_3B), AGX).precisions[0].memory
     assert memory.sequential == OVERHEAD_BYTES + memory.decoder + memory.cache + memory.decoder_workspace
     assert memory.sequential < memory.both
-    memory = plan_bundle(make_manifest(SHALLOW, 896), AGX).precisions[0].memory
+    memory = estimate_device(make_manifest(SHALLOW, 896), AGX).precisions[0].memory
     assert memory.sequential == OVERHEAD_BYTES + memory.vision + memory.vision_workspace
 
 
@@ -127,35 +131,35 @@ def test_workspace_is_the_larger_of_attention_and_mlp() -> None:
 
 
 def test_fp16_of_3b_neither_runs_nor_builds_on_an_orin_nano() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), NANO)
-    fp16 = plan_of("fp16", plan)
+    estimate = estimate_device(make_manifest(PALIGEMMA_3B), NANO)
+    fp16 = estimate_of("fp16", estimate)
     assert fp16.residency == "none"
     assert fp16.memory.sequential > NANO.usable_bytes
     assert fp16.memory.build_peak > NANO.memory_bytes
     assert fp16.build_swap == fp16.memory.build_peak - NANO.usable_bytes
-    assert {plan_of(name, plan).residency for name in ("int8", "int4")} == {"both"}
+    assert {estimate_of(name, estimate).residency for name in ("int8", "int4")} == {"both"}
 
 
 @pytest.mark.parametrize("key", ["orin-nx-16gb", "agx-orin-64gb", "thor", "h200"])
 def test_fp16_of_3b_runs_on_larger_devices(key: str) -> None:
-    assert plan_of("fp16", plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES[key])).residency == "both"
+    assert estimate_of("fp16", estimate_device(make_manifest(PALIGEMMA_3B), DEVICES[key])).residency == "both"
 
 
 def test_a_build_on_16_gb_wants_swap_in_fp16_and_none_in_int8() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES["orin-nx-16gb"])
-    assert plan_of("fp16", plan).build_swap == pytest.approx(
+    estimate = estimate_device(make_manifest(PALIGEMMA_3B), DEVICES["orin-nx-16gb"])
+    assert estimate_of("fp16", estimate).build_swap == pytest.approx(
         18.16 * GB - DEVICES["orin-nx-16gb"].usable_bytes, rel=0.01
     )
-    assert plan_of("int8", plan).build_swap == 0
+    assert estimate_of("int8", estimate).build_swap == 0
 
 
 def test_a_build_for_a_card_of_its_own_takes_the_hosts_memory() -> None:
     card = with_usable(DEVICES["h200"], 8 * GB)
-    assert plan_of("fp16", plan_bundle(make_manifest(PALIGEMMA_3B), card)).build_swap == 0
+    assert estimate_of("fp16", estimate_device(make_manifest(PALIGEMMA_3B), card)).build_swap == 0
 
 
 def test_build_peak_counts_the_larger_graph_once() -> None:
-    memory = plan_bundle(make_manifest(PALIGEMMA_3B), AGX).precisions[0].memory
+    memory = estimate_device(make_manifest(PALIGEMMA_3B), AGX).precisions[0].memory
     assert memory.build_peak == OVERHEAD_BYTES + round(BUILD_FACTOR * memory.decoder)
 
 
@@ -172,63 +176,63 @@ def test_build_peak_counts_the_larger_graph_once() -> None:
 )
 def test_the_fastest_in_practice_is_recommended(key: str, image_size: int, expected: str) -> None:
     """Short prefixes are bound by decoder bytes, which int4 has fewest of; long ones by operations, int8's strength."""
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B, image_size), DEVICES[key])
-    assert plan.recommended is not None
-    assert plan.recommended.precision == expected
-    assert plan.recommended.sustained.answer == min(one.sustained.answer for one in plan.precisions)
+    estimate = estimate_device(make_manifest(PALIGEMMA_3B, image_size), DEVICES[key])
+    assert estimate.recommended is not None
+    assert estimate.recommended.precision == expected
+    assert estimate.recommended.sustained.answer == min(one.sustained.answer for one in estimate.precisions)
 
 
 def test_a_wider_precision_wins_where_it_is_about_as_fast() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B), DEVICES["orin-nx-16gb"], new_tokens=8)
-    int8, int4 = plan_of("int8", plan), plan_of("int4", plan)
+    estimate = estimate_device(make_manifest(PALIGEMMA_3B), DEVICES["orin-nx-16gb"], new_tokens=8)
+    int8, int4 = estimate_of("int8", estimate), estimate_of("int4", estimate)
     assert int4.sustained.answer < int8.sustained.answer < int4.sustained.answer / 0.9
-    assert plan.recommended is int8
+    assert estimate.recommended is int8
 
 
 def test_one_engine_at_a_time_is_recommended_where_both_do_not_fit() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA2_3B, 896), NANO)
-    assert [one.residency for one in plan.precisions] == ["none", "sequential", "sequential"]
-    assert plan.recommended is plan_of("int8", plan)
+    estimate = estimate_device(make_manifest(PALIGEMMA2_3B, 896), NANO)
+    assert [one.residency for one in estimate.precisions] == ["none", "sequential", "sequential"]
+    assert estimate.recommended is estimate_of("int8", estimate)
 
 
 def test_both_engines_loaded_go_before_a_faster_precision() -> None:
-    plan = plan_bundle(make_manifest(PALIGEMMA_3B, 896), NANO)
-    assert [one.residency for one in plan.precisions] == ["none", "sequential", "both"]
-    assert plan_of("int8", plan).sustained.answer < plan_of("int4", plan).sustained.answer
-    assert plan.recommended is plan_of("int4", plan)
+    estimate = estimate_device(make_manifest(PALIGEMMA_3B, 896), NANO)
+    assert [one.residency for one in estimate.precisions] == ["none", "sequential", "both"]
+    assert estimate_of("int8", estimate).sustained.answer < estimate_of("int4", estimate).sustained.answer
+    assert estimate.recommended is estimate_of("int4", estimate)
 
 
 def test_residency_changes_at_the_byte() -> None:
     manifest = make_manifest(PALIGEMMA_3B)
-    memory = plan_bundle(manifest, AGX).precisions[0].memory
+    memory = estimate_device(manifest, AGX).precisions[0].memory
     for usable, expected in (
         (memory.both, "both"),
         (memory.both - 1, "sequential"),
         (memory.sequential, "sequential"),
         (memory.sequential - 1, "none"),
     ):
-        assert plan_bundle(manifest, with_usable(AGX, usable)).precisions[0].residency == expected
+        assert estimate_device(manifest, with_usable(AGX, usable)).precisions[0].residency == expected
 
 
 def test_where_nothing_fits_nothing_is_recommended() -> None:
-    assert plan_bundle(make_manifest(PALIGEMMA_3B), with_usable(NANO, GB)).recommended is None
+    assert estimate_device(make_manifest(PALIGEMMA_3B), with_usable(NANO, GB)).recommended is None
 
 
 def test_the_shipped_bundle_fits_everywhere() -> None:
     manifest = Bundle(SHIPPED_BUNDLE, check_hashes=False).manifest
     for device in DEVICES.values():
-        plan = plan_bundle(manifest, device)
-        assert all(one.residency == "both" and one.build_swap == 0 for one in plan.precisions)
+        estimate = estimate_device(manifest, device)
+        assert all(one.residency == "both" and one.build_swap == 0 for one in estimate.precisions)
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens"])
 def test_more_tokens_than_the_bundle_takes_are_refused(name: str) -> None:
     manifest = make_manifest(PALIGEMMA_3B)
     limit = {"prompt_tokens": 128, "new_tokens": 256}[name]
-    plan_bundle(manifest, AGX, **{name: limit})
+    estimate_device(manifest, AGX, **{name: limit})
     for wrong in (limit + 1, 0):
         with pytest.raises(UsageError, match=f"1 to {limit} {name.replace('_', ' ')}.*found {wrong}"):
-            plan_bundle(manifest, AGX, **{name: wrong})
+            estimate_device(manifest, AGX, **{name: wrong})
 
 
 def test_a_build_that_cannot_fit_is_refused_with_figures_and_a_way_out() -> None:
@@ -278,7 +282,7 @@ def test_advice_never_names_the_bundles_own_precision() -> None:
 
 def test_a_build_is_refused_below_its_peak_and_not_at_it() -> None:
     manifest = make_manifest(PALIGEMMA_3B)
-    peak = plan_bundle(manifest, AGX).precisions[0].memory.build_peak
+    peak = estimate_device(manifest, AGX).precisions[0].memory.build_peak
     check_build_memory(manifest, "jetpack7", peak)
     with pytest.raises(ResourceError):
         check_build_memory(manifest, "jetpack7", peak - 1)
@@ -292,7 +296,7 @@ def test_the_larger_graph_may_be_the_vision_encoder() -> None:
 @pytest.mark.parametrize(("precision", "scheme"), [("fp16", 0), ("bf16", 0), ("int8", 1), ("int4", 2)])
 def test_a_run_needs_what_the_bundles_own_precision_takes(precision: Precision, scheme: int) -> None:
     manifest = make_manifest(PALIGEMMA_3B, precision=precision)
-    memory = plan_bundle(manifest, AGX).precisions[scheme].memory
+    memory = estimate_device(manifest, AGX).precisions[scheme].memory
     assert check_run_memory(manifest, memory.both) == "both"
     assert check_run_memory(manifest, memory.both - 1) == "sequential"
     assert check_run_memory(manifest, memory.sequential) == "sequential"
@@ -302,7 +306,7 @@ def test_a_run_needs_what_the_bundles_own_precision_takes(precision: Precision, 
 
 def test_a_run_in_32_bits_needs_twice_the_weights_of_16() -> None:
     manifest = make_manifest(PALIGEMMA_3B, precision="fp32", target="cpu")
-    fp16 = plan_bundle(manifest, AGX).precisions[0].memory
+    fp16 = estimate_device(manifest, AGX).precisions[0].memory
     needed = fp16.sequential + fp16.decoder
     assert check_run_memory(manifest, needed) == "sequential"
     with pytest.raises(ResourceError, match="in fp32"):

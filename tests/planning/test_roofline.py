@@ -14,7 +14,7 @@ from paliedge.bundle.manifest import Manifest, Precision, Vocabulary
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.planning import roofline
 from paliedge.planning.devices import DEVICES
-from paliedge.planning.memory import DevicePlan, plan_bundle
+from paliedge.planning.memory import DeviceEstimate, estimate_device
 from paliedge.planning.roofline import (
     Times,
     cache_bytes_per_token,
@@ -78,11 +78,11 @@ def rows(table: str) -> list[list[str]]:
     return [line.split() for line in table.strip().splitlines()]
 
 
-def plan_for(device: str, size: Size, image_size: int) -> DevicePlan:
-    return plan_bundle(make_manifest(size, image_size), DEVICES[device])
+def plan_for(device: str, size: Size, image_size: int) -> DeviceEstimate:
+    return estimate_device(make_manifest(size, image_size), DEVICES[device])
 
 
-def floors(plan: DevicePlan, stage: str) -> list[float]:
+def floors(plan: DeviceEstimate, stage: str) -> list[float]:
     return [getattr(one.floor, stage) for one in plan.precisions]
 
 
@@ -175,15 +175,15 @@ def test_nothing_sustained_is_faster_than_the_floor() -> None:
 
 def test_an_answer_is_vision_prefill_and_the_steps_behind_the_first_token() -> None:
     manifest, device = make_manifest(), DEVICES["agx-orin-64gb"]
-    one = plan_bundle(manifest, device, new_tokens=1).precisions[0].floor
+    one = estimate_device(manifest, device, new_tokens=1).precisions[0].floor
     assert one.answer == one.vision + one.prefill
-    many = plan_bundle(manifest, device, new_tokens=256).precisions[0].floor
+    many = estimate_device(manifest, device, new_tokens=256).precisions[0].floor
     assert many.answer == pytest.approx(many.vision + many.prefill + 255 * many.token)
 
 
 def test_a_longer_prompt_costs_prefill_and_a_little_cache() -> None:
     manifest, device = make_manifest(), DEVICES["agx-orin-64gb"]
-    short, long = (plan_bundle(manifest, device, prompt_tokens=count).precisions[0].floor for count in (16, 128))
+    short, long = (estimate_device(manifest, device, prompt_tokens=count).precisions[0].floor for count in (16, 128))
     assert long.vision == short.vision
     assert long.prefill / short.prefill == pytest.approx(384 / 272, rel=0.01)
     assert 1 < long.token / short.token < 1.001

@@ -217,7 +217,7 @@ class _Archive:
                 self._members = members
                 self._headers = {name: _read_header(archive, info) for name, info in members.items()}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise self.broken(f"{error}") from None
+            raise self.broken(f"{error}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._headers

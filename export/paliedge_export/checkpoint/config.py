@@ -108,7 +108,7 @@ def read_config(folder: Path) -> ModelConfig:
             expected=f"a Hugging Face checkpoint with config.json in {folder}",
             found="no readable config.json" if isinstance(error, OSError) else "a config.json that is no JSON",
             action="Name the folder that holds config.json, tokenizer.json and the .safetensors files.",
-        ) from None
+        ) from error
     found = raw.get("model_type") if isinstance(raw, dict) else None
     if found != "paligemma":
         raise _unsupported("model_type", found, "paligemma")
@@ -134,7 +134,7 @@ def read_config(folder: Path) -> ModelConfig:
             tied=bool(raw.get("tie_word_embeddings", True)),
         )
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise _unsupported("every dimension", f"{error}", "a number") from None
+        raise _unsupported("every dimension", f"{error}", "a number") from error
 
 
 def _size(raw: dict[str, Any], name: str) -> int:

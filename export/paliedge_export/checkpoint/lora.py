@@ -59,7 +59,7 @@ class Adapted(Checkpoint):
         try:
             tensors = load_file(adapter / _WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from None
+            raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
         for key, tensor in tensors.items():
             self._take(key, tensor)
         for name, parts in self._parts.items():
@@ -133,7 +133,7 @@ def _read_options(adapter: Path) -> dict[str, Any]:
     try:
         options = json.loads((adapter / _CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from None
+        raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         kind = options.get("peft_type") if isinstance(options, dict) else options
         raise _refused(adapter, f"an adapter of the kind {kind}", _MERGE)

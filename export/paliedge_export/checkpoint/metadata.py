@@ -31,7 +31,7 @@ def read_tokens(folder: Path) -> Tokens:
             expected=f"PaliGemma's tokenizer.json in {folder}",
             found="no such file" if not path.is_file() else f"a file that does not load ({error})",
             action="Take tokenizer.json from the checkpoint that yours was trained from.",
-        ) from None
+        ) from error
     locations = [f"<loc{index:04d}>" for index in range(_NUM_LOCATIONS)]
     segmentations = [f"<seg{index:03d}>" for index in range(_NUM_SEGMENTATIONS)]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -87,7 +87,7 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
             expected="image_mean and image_std of three numbers",
             found=f"{error}",
             action="Take preprocessor_config.json from the checkpoint that yours was trained from.",
-        ) from None
+        ) from error
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def _read_processor(folder: Path) -> dict[str, Any]:
             try:
                 raw = json.loads(path.read_text())
                 return dict(raw.get("image_processor", raw))
-            except (ValueError, AttributeError, TypeError):
+            except (ValueError, AttributeError, TypeError) as error:
                 raise CheckpointError(
                     expected=f"JSON in {path}", found="something else", action="Copy the checkpoint again."
-                ) from None
+                ) from error
     return {}

@@ -50,7 +50,7 @@ def choose_prompts(choice: str | None, checkpoint: str) -> Prompts:
     try:
         prompts = msgspec.json.decode(path.read_bytes(), type=Prompts)
     except (OSError, ValueError, msgspec.DecodeError) as error:
-        raise UsageError(expected=expected, found=f"'{choice}': {error}", action="Correct --prompts.") from None
+        raise UsageError(expected=expected, found=f"'{choice}': {error}", action="Correct --prompts.") from error
     for name, place in (("detect", "{labels}"), ("segment", "{labels}"), ("answer", "{question}")):
         if place not in getattr(prompts, name):
             raise UsageError(

@@ -79,7 +79,7 @@ def read_letterbox(folder: Path) -> Colour | None:
             expected=f"Roboflow's preparation of pictures in {path}",
             found=f"{error}",
             action="Download the package again; or delete the file and say with --letterbox if pictures are padded.",
-        ) from None
+        ) from error
     images, network = config.image_pre_processing or _Images(), config.network_input
     switches = {"static-crop": images.static_crop, "contrast": images.contrast, "grayscale": images.grayscale}
     refused = [name for name, switch in switches.items() if switch and switch.enabled]

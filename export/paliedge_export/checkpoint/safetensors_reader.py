@@ -147,7 +147,7 @@ class Checkpoint(Mapping[str, Array]):
                 expected=f"a safetensors file at {path}",
                 found=f"{error}",
                 action="Download or copy the checkpoint again.",
-            ) from None
+            ) from error
         for entry in entries:
             name = canonical_name(entry.key)
             if _NO_PARAMETER.search(name):
@@ -194,8 +194,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise _broken(folder, f"an unreadable {index.name}", "Download or copy the checkpoint again.") from None
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise _broken(folder, f"an unreadable {index.name}", "Download or copy the checkpoint again.") from error
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise _broken(folder, f"no {_some(absent)}, which {index.name} names", "Download the missing shards.")
         return [folder / name for name in names]

@@ -16,7 +16,7 @@ from paliedge.backends.session import FloatArray
 from paliedge.bundle.manifest import Comparison, Cosine, Manifest, Precision, Target, Tokens
 from paliedge.bundle.precision_report import AnswerRow, Gate, TargetReport
 from paliedge.errors import PrecisionError
-from paliedge_export.gate.runner import Answer, Answers, Runner
+from paliedge_export.gate.runner import ReferenceRun, Runner, TeacherForcedAnswer
 from paliedge_export.weights.samples import Sample
 
 MAX_IMAGES = 16
@@ -38,7 +38,7 @@ GATES: dict[Precision, Gate] = {
 
 
 def compare(
-    runner: Runner, samples: Sequence[Sample], reference: Answers, tokens: Tokens, precision: Precision
+    runner: Runner, samples: Sequence[Sample], reference: ReferenceRun, tokens: Tokens, precision: Precision
 ) -> TargetReport:
     """Run a target's graphs on the samples and the reference's tokens."""
     found = runner.answer(samples, "this target", reference)
@@ -161,11 +161,11 @@ def _summarise(cosines: FloatArray) -> Cosine:
     return Cosine(min=float(cosines.min()), mean=float(cosines.mean()))
 
 
-def _first_difference(a: Answer, b: Answer) -> int | None:
+def _first_difference(a: TeacherForcedAnswer, b: TeacherForcedAnswer) -> int | None:
     return next((place for place, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
 
 
-def _box_ious(expected: Answer, found: Sequence[int], tokens: Tokens) -> list[float]:
+def _box_ious(expected: TeacherForcedAnswer, found: Sequence[int], tokens: Tokens) -> list[float]:
     """IoU of each box that the reference means with the four tokens at its place."""
 
     def bins(ids: Sequence[int]) -> list[int]:

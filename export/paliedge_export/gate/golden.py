@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from paliedge.bundle.golden import Golden
-from paliedge_export.gate.runner import Answers
+from paliedge_export.gate.runner import ReferenceRun
 from paliedge_export.weights.samples import golden_images
 
 
-def golden_from_answers(prompts: Sequence[str], answers: Answers, eos: int) -> Golden:
+def golden_from_answers(prompts: Sequence[str], answers: ReferenceRun, eos: int) -> Golden:
     """The answers to `prompts` on `golden_images`, each filled up with `eos`."""
     length = max(len(answer.tokens) for row in answers.answers for answer in row)
     shape = (len(answers.answers), len(prompts), length)

@@ -19,7 +19,7 @@ from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.metadata import PROCESSOR_FILES, read_tokens
 from paliedge_export.checkpoint.safetensors_reader import Array, canonical_name
-from paliedge_export.gate.runner import MAX_NEW_TOKENS, Answer, Answers
+from paliedge_export.gate.runner import MAX_NEW_TOKENS, ReferenceRun, TeacherForcedAnswer
 from paliedge_export.weights.samples import Sample
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ class Reference:
         for name in names:
             state[name].copy_(torch.from_numpy(np.asarray(tensors[name], np.float32)))
 
-    def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> Answers:
+    def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> ReferenceRun:
         """Answer all prompts greedily, in `kept_tokens` alone if they are given."""
         import torch
 
-        found = Answers(self._name)
+        found = ReferenceRun(self._name)
         for sample in samples:
             picture = self._fit(sample.image) if self._fit else sample.image
             pixels = self._processor([picture], return_tensors="pt").pixel_values
@@ -91,7 +91,7 @@ class Reference:
             found.answers.append([self._answer(pixels, prompt, kept_tokens) for prompt in sample.prompts])
         return found
 
-    def _answer(self, pixels: object, prompt: str, kept_tokens: Sequence[int] | None) -> Answer:
+    def _answer(self, pixels: object, prompt: str, kept_tokens: Sequence[int] | None) -> TeacherForcedAnswer:
         tokens, scores, states = [], [], []
         kept = np.asarray(range(self._tokens.vocab_size) if kept_tokens is None else kept_tokens)
         steps = reference_steps(
@@ -104,7 +104,7 @@ class Reference:
             states.append(hidden)
             if token == self._tokens.eos:
                 break
-        return Answer(tokens, scores, np.array(states, np.float32))
+        return TeacherForcedAnswer(tokens, scores, np.array(states, np.float32))
 
 
 def cache_name(model: PaliGemmaForConditionalGeneration) -> str:

@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherForcedAnswer:
     """To one prompt: T tokens up to end-of-sequence, their log-probabilities, the hidden states [T, H] before each."""
 
     tokens: list[int]
@@ -33,7 +33,7 @@ class Answer:
 
 
 @dataclass
-class Answers:
+class ReferenceRun:
     """Of one set of graphs to all samples.
 
     Attributes:
@@ -47,7 +47,7 @@ class Answers:
 
     reference: str
     features: list[FloatArray] = field(default_factory=list)
-    answers: list[list[Answer]] = field(default_factory=list)
+    answers: list[list[TeacherForcedAnswer]] = field(default_factory=list)
     layers: dict[str, FloatArray] = field(default_factory=dict)
     num_not_finite: int = 0
 
@@ -77,12 +77,12 @@ class Runner:
         self,
         samples: Sequence[Sample],
         reference: str,
-        forced: Answers | None = None,
+        forced: ReferenceRun | None = None,
         watch: Callable[[Outputs], None] = ignore_outputs,
         report: Callable[[str], None] = lambda line: None,
-    ) -> Answers:
+    ) -> ReferenceRun:
         """Answer all prompts, greedily or led by the tokens of `forced`; `watch` sees the outputs of each run."""
-        found = Answers(reference)
+        found = ReferenceRun(reference)
         last = len(samples) - 1
         for index, sample in enumerate(samples):
             seen = self._graphs.encode(self._preprocess(sample.image))
@@ -104,14 +104,14 @@ class Runner:
 
     def _answer(
         self,
-        found: Answers,
+        found: ReferenceRun,
         features: FloatArray,
         prompt: str,
         lead: list[int] | None,
         watch: Callable[[Outputs], None],
         *,
         keep: bool,
-    ) -> Answer:
+    ) -> TeacherForcedAnswer:
         ids = self._tokenizer.encode_prefix(prompt)
         room = self._limits.prefix - self._num_image_tokens
         if len(ids) > room:
@@ -138,10 +138,10 @@ class Runner:
                 hidden.append(seen[LAST_HIDDEN][0])
             if not lead and tokens[-1] == self._tokens.eos:
                 break
-        return Answer(tokens, scores, np.array(hidden, np.float32))
+        return TeacherForcedAnswer(tokens, scores, np.array(hidden, np.float32))
 
     @staticmethod
-    def _note(found: Answers, seen: Outputs, num_kept: int) -> None:
+    def _note(found: ReferenceRun, seen: Outputs, num_kept: int) -> None:
         """Count what is no number, and keep the last tokens of what leaves each layer."""
         floats = [array for array in seen.values() if array.dtype == np.float32]
         found.num_not_finite += sum(int((~np.isfinite(array)).sum()) for array in floats)

@@ -18,12 +18,12 @@ from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import write_manifest
 from paliedge.bundle.precision_report import LayerError
-from paliedge_export.gate.runner import Answers, Runner
+from paliedge_export.gate.runner import ReferenceRun, Runner
 from paliedge_export.targets import TARGETS
 from paliedge_export.weights.files import Encoding, Stored, StoredGraphs, Tensors, write_linear
 from paliedge_export.weights.linears import linears
 from paliedge_export.weights.samples import Sample
-from paliedge_export.writer import Source, StoredByLayout, write_target
+from paliedge_export.writer import ModelSource, StoredByLayout, write_target
 
 NUM_SAMPLES = 2
 """Images that each layer is tried on, one prompt each."""
@@ -41,7 +41,7 @@ class Trial:
     """
 
     def __init__(
-        self, folder: Path, source: Source, target: str, stored: StoredByLayout, samples: Sequence[Sample]
+        self, folder: Path, source: ModelSource, target: str, stored: StoredByLayout, samples: Sequence[Sample]
     ) -> None:
         self.folder = folder
         self.config = source.config
@@ -62,7 +62,7 @@ class Trial:
         norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(given, axis=1)
         return float(np.nan_to_num(1 - (wanted * given).sum(1) / norms, nan=1.0).mean())
 
-    def _answer(self, replaced: Stored, forced: Answers | None = None) -> Answers:
+    def _answer(self, replaced: Stored, forced: ReferenceRun | None = None) -> ReferenceRun:
         encoding = Encoding("fp32", kept_tokens=self._source.kept_tokens)
         layout = TARGETS[self._target].lowering.layout
         stored = {layout: StoredGraphs(self._stored.vision_encoder | replaced, self._stored.decoder | replaced)}

@@ -55,7 +55,7 @@ def load_mask_decoder(path: Path, num_codes: int) -> dict[str, Array]:
             expected=f"a mask decoder in {path}",
             found=(str(error) or type(error).__name__).splitlines()[0],
             action=_ACTION,
-        ) from None
+        ) from error
     if CODEBOOK not in tensors or tensors[CODEBOOK].ndim != 2 or len(tensors[CODEBOOK]) != num_codes:
         found = tensors[CODEBOOK].shape if CODEBOOK in tensors else "none"
         raise CheckpointError(

@@ -78,7 +78,9 @@ def load_statistics(path: Path, widths: Mapping[str, int]) -> Statistics:
                 )
                 statistics.inputs[name] = InputStatistics(absmax, mean_square, int(rows.item()))
     except (OSError, ValueError, KeyError, OverflowError, SafetensorError) as error:
-        raise UsageError(expected=f"the statistics of this model in {path}", found=f"{error}", action=_ACTION) from None
+        raise UsageError(
+            expected=f"the statistics of this model in {path}", found=f"{error}", action=_ACTION
+        ) from error
     for name, width in widths.items():
         entry = statistics.inputs[name]
         parts = (entry.absmax, entry.mean_square)

@@ -69,7 +69,7 @@ def _labels_from_file(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise _no_labels(f"a readable text file {path}", f"{error}") from None
+        raise _no_labels(f"a readable text file {path}", f"{error}") from error
     labels = [label for line in lines for label in split_labels(line)]
     if not labels:
         raise _no_labels(f"one label a line in {path}", "none")

@@ -119,8 +119,8 @@ class _Line(msgspec.Struct):
 def _read_line(path: Path, number: int, line: bytes) -> tuple[Path, str]:
     try:
         entry = msgspec.json.decode(line, type=_Line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise _unusable(path, f"line {number} without texts `image`, `prefix` and `suffix`") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _unusable(path, f"line {number} without texts `image`, `prefix` and `suffix`") from error
     file = path.parent / entry.image
     try:
         there = file.is_file()

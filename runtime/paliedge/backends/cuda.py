@@ -20,12 +20,12 @@ from paliedge.errors import DeviceError, MissingExtraError, ResourceError
 
 try:
     from cuda.bindings import runtime as cudart
-except (ImportError, OSError):
+except (ImportError, OSError) as error:
     raise MissingExtraError(
         expected="the Python bindings of CUDA",
         found="no package cuda-bindings",
         action='Run `pip install "paliedge[tensorrt]"`.',
-    ) from None
+    ) from error
 
 ALIGNMENT = 256
 """Bytes; TensorRT wants every tensor's address at a multiple of it."""
@@ -58,7 +58,7 @@ def gpu_info() -> GpuInfo:
         count = _call(cudart.cudaGetDeviceCount)
     except DeviceError as error:
         driver, runtime = cuda_versions()
-        raise _no_gpu(f"{error.found} (driver for CUDA {driver}, bindings for {runtime})") from None
+        raise _no_gpu(f"{error.found} (driver for CUDA {driver}, bindings for {runtime})") from error
     if not count:
         raise _no_gpu("none")
     kinds = cudart.cudaDeviceAttr
@@ -176,9 +176,9 @@ class Stream(_Resource):
         _call(cudart.cudaMemcpy2DAsync, target, target_pitch, source, source_pitch, width, num_rows, kind, self.handle)
 
     @contextmanager
-    def capture(self) -> Iterator[list[Graph]]:
+    def capture(self) -> Iterator[list[CudaGraph]]:
         """What is put on the stream inside goes into a graph instead, the one item of the list afterwards."""
-        graphs: list[Graph] = []
+        graphs: list[CudaGraph] = []
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _call(cudart.cudaStreamBeginCapture, self.handle, mode)
         try:
@@ -188,10 +188,10 @@ class Stream(_Resource):
             if error == cudart.cudaError_t.cudaSuccess:
                 cudart.cudaGraphDestroy(graph)
             raise
-        graphs.append(Graph(_call(cudart.cudaStreamEndCapture, self.handle)))
+        graphs.append(CudaGraph(_call(cudart.cudaStreamEndCapture, self.handle)))
 
 
-class Graph(_Resource):
+class CudaGraph(_Resource):
     """A captured piece of work; its shapes and addresses are those of the capture for ever."""
 
     def __init__(self, captured: Any) -> None:

@@ -28,12 +28,12 @@ except (ImportError, OSError, AttributeError) as error:
             expected="onnxruntime",
             found="no such package",
             action='Run `pip install "paliedge[cpu]"`, or `pip install "paliedge[gpu]"` for its CUDA provider.',
-        ) from None
+        ) from error
     raise MissingExtraError(  # one of its libraries is missing, or it was built for another numpy
         expected="an onnxruntime that can be imported",
         found=(str(error) or "that it cannot be imported").splitlines()[0],
         action='Install it again: `pip install --force-reinstall "paliedge[cpu]"`.',
-    ) from None
+    ) from error
 
 VERSION: str = ort.__version__
 WITHOUT: dict[Kind, str] = {
@@ -365,7 +365,7 @@ def load_graph(
             expected=f"a graph in {path} that ONNX Runtime {ort.__version__} can load",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             action="Export the checkpoint again, or update onnxruntime.",
-        ) from None
+        ) from error
     if wanted[0] not in session.get_providers():  # ONNX Runtime goes on without it, and says so in a log
         raise EngineMismatchError(
             expected=f"{wanted[0]} of onnxruntime {ort.__version__} to load",

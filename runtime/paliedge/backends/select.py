@@ -75,7 +75,7 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
             if backend == "cpu" and reasons:  # the better backend's reason is the one to mend
                 raise EngineMismatchError(
                     expected=error.expected, found=f"{error.found}; {reasons[0]}", action=error.action
-                ) from None
+                ) from error
             if backend == "cpu":
                 raise
             if isinstance(error, _OtherEngineError):

@@ -49,7 +49,7 @@ def measure_cold_start(bundle: Path, options: BackendOptions, image: ImageSource
             expected="room for a picture in the folder for temporary files",
             found=str(error),
             action="Make room there or name another with TMPDIR, or leave the cold start out with --no-cold-start.",
-        ) from None
+        ) from error
     if done.returncode:
         raise DeviceError(
             expected="a fresh process to load the bundle and answer",

@@ -15,7 +15,7 @@ _MIN_SAMPLES = 6
 not depend on one another all lie on one side of the true median once in 32 times.)"""
 
 
-class Comparison(NamedTuple):
+class RecordComparison(NamedTuple):
     """One stage of one scenario: times of the second record over those of the first."""
 
     run: str
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
     verdict: Verdict
 
 
-def compare_records(first: Record, second: Record, threshold: float) -> list[Comparison]:
+def compare_records(first: Record, second: Record, threshold: float) -> list[RecordComparison]:
     """Every stage that both have. "slower" is a ratio whose whole interval lies over 1 + `threshold`; "too few" are
     samples that allow no verdict.
 
@@ -83,7 +83,7 @@ def _told(accuracy: Accuracy | None) -> str:
     return f"{accuracy.num_equal} equal, {accuracy.num_ties} at a tie, of {accuracy.num_answers}"
 
 
-def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[Comparison]:
+def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[RecordComparison]:
     pairs = [("latency", first.latency_samples_ms, second.latency_samples_ms)]
     pairs += [
         (name, first.stages[name].samples_ms, second.stages[name].samples_ms)
@@ -98,7 +98,7 @@ def _compare_runs(first: Run, second: Run, threshold: float) -> Iterator[Compari
                 medians = first.stages[stage].wall.p50, second.stages[stage].wall.p50
             count = min(len(one), len(other), first.num_answers, second.num_answers)
             verdict = _judge(ratio, threshold) if count >= _MIN_SAMPLES else "too few"
-            yield Comparison(first.name, stage, *medians, ratio, verdict)
+            yield RecordComparison(first.name, stage, *medians, ratio, verdict)
 
 
 def _judge(ratio: Ratio, threshold: float) -> Verdict:

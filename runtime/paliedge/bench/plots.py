@@ -28,10 +28,10 @@ def import_matplotlib() -> Any:
     try:
         import_module("matplotlib").use("agg")
         return import_module("matplotlib.pyplot")
-    except ImportError:
+    except ImportError as error:
         raise MissingExtraError(
             expected="matplotlib, to plot", found="no such package", action='Run `pip install "paliedge[bench]"`.'
-        ) from None
+        ) from error
 
 
 def plot(records: Sequence[Record], folder: Path) -> list[Path]:

@@ -121,7 +121,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     graph_capture: float | None = None
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of this process at the end: peak resident, proportional set, memory of its own; and of the GPU."""
 
     peak_rss: int
@@ -178,7 +178,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
     roofs: Roofs
     cold_starts: list[ColdStart] = []
-    memory: Memory
+    memory: MemoryUse
     accuracy: Accuracy | None
     runs: list[Run]
     interrupted: bool
@@ -203,4 +203,4 @@ def read_record(path: Path) -> Record:
             expected=f"a JSON file of `paliedge bench -o` in {path}",
             found=str(error),
             action="Measure again with `paliedge bench -o FILE.json`.",
-        ) from None
+        ) from error

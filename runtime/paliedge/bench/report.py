@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from paliedge.bench.compare import Comparison
+from paliedge.bench.compare import RecordComparison
 from paliedge.bench.record import ColdStart, Record, Run, Stage, write_record
 from paliedge.bench.summaries import Summary
 from paliedge.errors import UsageError
@@ -71,7 +71,7 @@ def check_path(path: Path) -> None:
         )
 
 
-def compare_to_text(comparisons: Sequence[Comparison]) -> str:
+def compare_to_text(comparisons: Sequence[RecordComparison]) -> str:
     """A table of ratios."""
     rows = [("run", "stage", "first, ms", "second, ms", "ratio", "95 %", "verdict")]
     for one in comparisons:

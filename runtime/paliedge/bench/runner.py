@@ -16,8 +16,8 @@ from paliedge.bench import roofs as probes
 from paliedge.bench.cold_start import measure_cold_start
 from paliedge.bench.conditions import QuietWatch, describe_conditions, describe_state
 from paliedge.bench.power import Meter, find_meter
-from paliedge.bench.record import Accuracy, ColdStart, Memory, Record, Roofs, Run, Subject
-from paliedge.bench.scenarios import Limits, Plan, Query, Trace, run
+from paliedge.bench.record import Accuracy, ColdStart, MemoryUse, Record, Roofs, Run, Subject
+from paliedge.bench.scenarios import Query, RunLimits, ScenarioSettings, Trace, run
 from paliedge.bench.shares import add_shares
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.golden import load_golden
@@ -44,7 +44,7 @@ class Settings:
     Attributes:
         images, prompts: every prompt on every image; empty for those that the bundle was exported with.
         max_new_tokens: of an answer.
-        plans: scenarios, in this order.
+        scenarios: those to run, in this order.
         limits: of each.
         cold_start: measure fresh processes too.
         num_threads: as the engine is given; the probes take every core for 0.
@@ -53,13 +53,13 @@ class Settings:
     images: tuple[ImageSource, ...]
     prompts: tuple[str, ...]
     max_new_tokens: int | None
-    plans: tuple[Plan, ...]
-    limits: Limits
+    scenarios: tuple[ScenarioSettings, ...]
+    limits: RunLimits
     cold_start: bool
     num_threads: int = 0
 
 
-Progress = Callable[[Plan, Trace], None]
+Progress = Callable[[ScenarioSettings, Trace], None]
 
 
 def bench(
@@ -83,7 +83,7 @@ def bench(
     free_before = _free_gpu_bytes()
     with PaliGemma.load(folder, options, report=said.append) as model:
         report(said[-1])
-        doubts = _batch_warnings(model, settings.plans)
+        doubts = _batch_warnings(model, settings.scenarios)
         if model.arithmetic:
             conditions["arithmetic"] = "; ".join(model.arithmetic)
         on_gpu = model.has_device_clock or "CUDA" in _backend(said[-1])
@@ -157,8 +157,10 @@ def _run_all(
     """Every scenario, and whether Ctrl-C came before all were done. Closes `meter`."""
     runs: list[Run] = []
     try:
-        for plan in settings.plans:
-            runs.append(run(model, queries, plan, settings.limits, meter=meter, progress=partial(progress, plan)))
+        for scenario in settings.scenarios:
+            runs.append(
+                run(model, queries, scenario, settings.limits, meter=meter, progress=partial(progress, scenario))
+            )
             watch.look()
             if runs[-1].interrupted:
                 return runs, True
@@ -212,10 +214,10 @@ def _check_answers(bundle: Bundle, model: PaliGemma) -> Accuracy | None:
     return Accuracy(**found._asdict()) if found else None
 
 
-def _memory(free_before: int | None) -> Memory:
+def _memory(free_before: int | None) -> MemoryUse:
     status = _fields(Path("/proc/self/status"))
     free = _free_gpu_bytes()
-    return Memory(
+    return MemoryUse(
         peak_rss=status["VmHWM"],
         pss=_fields(Path("/proc/self/smaps_rollup")).get("Pss"),
         anonymous=status["RssAnon"],
@@ -265,8 +267,8 @@ def _subject(
     )
 
 
-def _batch_warnings(model: PaliGemma, plans: Sequence[Plan]) -> list[str]:
-    largest = max(plan.batch for plan in plans)
+def _batch_warnings(model: PaliGemma, scenarios: Sequence[ScenarioSettings]) -> list[str]:
+    largest = max(scenario.batch for scenario in scenarios)
     if largest <= model.max_batch:
         return []
     return [f"batch {largest}: this engine answers at most {model.max_batch} at a time, the others wait"]

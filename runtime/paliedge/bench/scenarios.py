@@ -37,7 +37,7 @@ class Query(NamedTuple):
     max_new_tokens: int | None = None
 
 
-class Limits(NamedTuple):
+class RunLimits(NamedTuple):
     """A run ends after so many seconds, but not before `min_queries`; or after `max_queries`."""
 
     seconds: float = 10.0
@@ -50,7 +50,7 @@ class Limits(NamedTuple):
         return seconds >= self.seconds and count >= self.min_queries
 
 
-class Answer(NamedTuple):
+class TimedAnswer(NamedTuple):
     """What is kept of one: its picture, which a large run would fill the memory with, is not."""
 
     place: int
@@ -63,17 +63,17 @@ class Trace:
     """What a run leaves while it goes on."""
 
     latencies_ms: list[float] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[TimedAnswer] = field(default_factory=list)
     walls_ms: list[float] = field(default_factory=list)
     num_dropped: int = 0
     num_late: int = 0
 
     def add(self, place: int, answer: Generation) -> None:
-        self.answers.append(Answer(place, answer.token_ids, answer.timings))
+        self.answers.append(TimedAnswer(place, answer.token_ids, answer.timings))
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScenarioSettings:
     """One scenario to run, see `Run`."""
 
     scenario: Scenario
@@ -84,19 +84,19 @@ class Plan:
 def run(
     model: PaliGemma,
     queries: Sequence[Query],
-    plan: Plan,
-    limits: Limits,
+    settings: ScenarioSettings,
+    limits: RunLimits,
     *,
     meter: Meter | None = None,
     progress: Callable[[Trace], None] = lambda trace: None,
 ) -> Run:
-    """Warm up, then run `plan` until `limits`; Ctrl-C ends it early and keeps what it has, if that is anything."""
+    """Warm up, then run `settings` until `limits`; Ctrl-C ends it early and keeps what it has, if that is anything."""
     warm_up(model, queries)
     idle_watts = _idle_watts(meter)
     trace, interrupted = Trace(), False
     joules, started = meter.joules() if meter else 0.0, time.perf_counter()
     try:
-        for _ in _STEPS[plan.scenario](model, queries, plan, limits, trace):
+        for _ in _STEPS[settings.scenario](model, queries, settings, limits, trace):
             progress(trace)
     except KeyboardInterrupt:
         if not trace.latencies_ms:
@@ -104,7 +104,7 @@ def run(
         interrupted = True
     seconds = time.perf_counter() - started
     energy = _energy(meter, joules, idle_watts, seconds, trace) if meter else None
-    return _summary(plan, trace, seconds, energy, interrupted=interrupted)
+    return _summary(settings, trace, seconds, energy, interrupted=interrupted)
 
 
 def warm_up(model: PaliGemma, queries: Sequence[Query]) -> None:
@@ -122,7 +122,7 @@ def _ask(model: PaliGemma, query: Query) -> Generation:
 
 
 def _single_stream(
-    model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Limits, trace: Trace
+    model: PaliGemma, queries: Sequence[Query], settings: ScenarioSettings, limits: RunLimits, trace: Trace
 ) -> Iterator[None]:
     begin = time.perf_counter()
     for count in _until(limits, begin, trace):
@@ -137,41 +137,45 @@ def _single_stream(
 
 
 def _multi_stream(
-    model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Limits, trace: Trace
+    model: PaliGemma, queries: Sequence[Query], settings: ScenarioSettings, limits: RunLimits, trace: Trace
 ) -> Iterator[None]:
     begin = time.perf_counter()
     for count in _until(limits, begin, trace):
-        places = [(count * plan.batch + offset) % len(queries) for offset in range(plan.batch)]
+        places = [(count * settings.batch + offset) % len(queries) for offset in range(settings.batch)]
         started = time.perf_counter()
-        answers = list(_ask_together(model, [queries[place] for place in places], plan.batch))
+        answers = list(_ask_together(model, [queries[place] for place in places], settings.batch))
         trace.latencies_ms.append((time.perf_counter() - started) * 1000)
         for place, answer in zip(places, answers, strict=True):
             trace.add(place, answer)
         yield
 
 
-def _offline(model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Limits, trace: Trace) -> Iterator[None]:
+def _offline(
+    model: PaliGemma, queries: Sequence[Query], settings: ScenarioSettings, limits: RunLimits, trace: Trace
+) -> Iterator[None]:
     begin, places = time.perf_counter(), list[int]()
 
     def pour() -> Iterator[Query]:
-        while len(places) % plan.batch or not limits.reached(time.perf_counter() - begin, len(places)):
+        while len(places) % settings.batch or not limits.reached(time.perf_counter() - begin, len(places)):
             places.append(len(places) % len(queries))
             yield queries[places[-1]]
 
     last = begin
-    for number, answer in enumerate(_ask_together(model, pour(), plan.batch), 1):
+    for number, answer in enumerate(_ask_together(model, pour(), settings.batch), 1):
         trace.add(places[number - 1], answer)
-        if number % plan.batch == 0:
+        if number % settings.batch == 0:
             now = time.perf_counter()
-            trace.latencies_ms.append((now - last) * 1000 / plan.batch)
+            trace.latencies_ms.append((now - last) * 1000 / settings.batch)
             last = now
         yield
 
 
-def _camera(model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Limits, trace: Trace) -> Iterator[None]:
+def _camera(
+    model: PaliGemma, queries: Sequence[Query], settings: ScenarioSettings, limits: RunLimits, trace: Trace
+) -> Iterator[None]:
     """The newest frame wins: what came meanwhile is dropped. A frame's latency counts from its own time."""
-    assert plan.fps
-    begin, period, last = time.perf_counter(), 1 / plan.fps, -1
+    assert settings.fps
+    begin, period, last = time.perf_counter(), 1 / settings.fps, -1
     for _ in _until(limits, begin, trace):
         number = int((time.perf_counter() - begin) / period)
         if number == last:
@@ -193,7 +197,7 @@ def _camera(model: PaliGemma, queries: Sequence[Query], plan: Plan, limits: Limi
 _STEPS = {"single-stream": _single_stream, "multi-stream": _multi_stream, "offline": _offline, "camera": _camera}
 
 
-def _until(limits: Limits, begin: float, trace: Trace) -> Iterator[int]:
+def _until(limits: RunLimits, begin: float, trace: Trace) -> Iterator[int]:
     count = 0
     while not limits.reached(time.perf_counter() - begin, count):
         yield count
@@ -242,16 +246,18 @@ def _num_tokens(trace: Trace) -> int:
     return sum(1 + len(answer.timings.decode_ms) for answer in trace.answers)
 
 
-def _summary(plan: Plan, trace: Trace, seconds: float, energy: Energy | None, *, interrupted: bool) -> Run:
+def _summary(
+    settings: ScenarioSettings, trace: Trace, seconds: float, energy: Energy | None, *, interrupted: bool
+) -> Run:
     first: dict[int, tuple[int, ...]] = {}
     changed = sum(first.setdefault(one.place, one.token_ids) != one.token_ids for one in trace.answers)
     num_tokens = _num_tokens(trace)
-    in_bursts = plan.scenario == "offline" and plan.batch > 1
+    in_bursts = settings.scenario == "offline" and settings.batch > 1
     latencies = _stretches(trace.latencies_ms) if in_bursts else trace.latencies_ms
     return Run(
-        scenario=plan.scenario,
-        batch=plan.batch,
-        fps=plan.fps,
+        scenario=settings.scenario,
+        batch=settings.batch,
+        fps=settings.fps,
         seconds=seconds,
         num_answers=len(trace.answers),
         num_tokens=num_tokens,

@@ -47,12 +47,12 @@ class Bundle:
         """The lowering `name`, or an error that lists those the bundle has."""
         try:
             return self.manifest.targets[name]
-        except KeyError:
+        except KeyError as error:
             raise EngineMismatchError(
                 expected=f"graphs for the target '{name}' in {self.folder}",
                 found=f"only {', '.join(sorted(self.manifest.targets))}",
                 action=f"Export the checkpoint again with --target {name}.",
-            ) from None
+            ) from error
 
     def _check_files(self, check_hashes: bool) -> None:
         manifest = self.manifest
@@ -73,8 +73,8 @@ class Bundle:
             path = self.folder / name
             try:
                 status = path.lstat()
-            except OSError:
-                raise self._damaged(name, f"no file '{name}'") from None
+            except OSError as error:
+                raise self._damaged(name, f"no file '{name}'") from error
             if not stat.S_ISREG(status.st_mode):
                 raise self._damaged(name, f"'{name}' is no regular file")
             if status.st_size != recorded.size:
@@ -129,8 +129,8 @@ class Bundle:
             try:
                 key = digest_key(path)
                 digest = (trust_notes and known.get(key)) or sha256_from_file(path)
-            except OSError:
-                raise self._damaged(name, f"no file '{name}' that can be read") from None
+            except OSError as error:
+                raise self._damaged(name, f"no file '{name}' that can be read") from error
             if digest != recorded.sha256:
                 raise self._damaged(name, f"'{name}' with other content than was exported (sha256 {digest[:12]}...)")
             fresh[key] = digest
@@ -150,12 +150,12 @@ def read_manifest(folder: Path) -> Manifest:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise _damaged(folder, f"'{MANIFEST}' is no regular file")
         content = path.read_bytes()
-    except (OSError, ValueError):  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BundleError(
             expected=f"a bundle at {folder}",
             found="no bundle.json there",
             action="Make one with `paliedge export CHECKPOINT -o BUNDLE`, or correct the path.",
-        ) from None
+        ) from error
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
             expected=f"{path} in format {FORMAT_VERSION}",
             found=f"{error}",
             action="Export the checkpoint again with this version of paliedge.",
-        ) from None
+        ) from error
     if manifest.sha256 != manifest_digest(manifest):
         raise _damaged(folder, f"'{MANIFEST}' with other content than was exported")
     return manifest

@@ -45,7 +45,7 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(
             expected=f"a place for {folder}", found=f"{error.strerror}", action="Name another output folder."
-        ) from None
+        ) from error
     prefix = f".{folder.name}.new-"
     for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
         with _lock_folder(leftover) as locked:
@@ -95,7 +95,7 @@ def engine_staging(folder: Path) -> Iterator[Path]:
             expected=f"to write engines into {folder}",
             found=error.strerror or "an error of the file system",
             action="Copy the bundle to a place that you may write to, and build there.",
-        ) from None
+        ) from error
     try:
         yield staging
     finally:

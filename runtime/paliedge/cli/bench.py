@@ -17,7 +17,7 @@ from paliedge.errors import UsageError
 if TYPE_CHECKING:
     from paliedge.backends.select import BackendOptions
     from paliedge.bench.record import Record, Scenario
-    from paliedge.bench.scenarios import Plan, Trace
+    from paliedge.bench.scenarios import ScenarioSettings, Trace
 
 _JUDGED = ("latency", "ttft", "token")
 _INTERRUPTED = 130
@@ -130,7 +130,7 @@ def _measure(
     from paliedge.bench.plots import import_matplotlib, plot
     from paliedge.bench.report import check_path, save, to_text
     from paliedge.bench.runner import Settings, bench
-    from paliedge.bench.scenarios import Limits
+    from paliedge.bench.scenarios import RunLimits
     from paliedge.model import SHIPPED_BUNDLE
 
     if output:
@@ -141,8 +141,8 @@ def _measure(
         _pictures(source),
         (prompt,) if prompt else (),
         max_new_tokens,
-        tuple(_plans(scenarios or ("single-stream", "offline"), _batches(batch), fps)),
-        Limits(seconds=duration, max_queries=runs),
+        tuple(_scenario_settings(scenarios or ("single-stream", "offline"), _batches(batch), fps)),
+        RunLimits(seconds=duration, max_queries=runs),
         cold_start,
         options.threads,
     )
@@ -206,13 +206,15 @@ def _pictures(source: str | None) -> tuple[Path, ...]:
     return tuple(found.paths)
 
 
-def _plans(scenarios: tuple[Scenario, ...], batches: list[int], fps: float | None) -> list[Plan]:
-    from paliedge.bench.scenarios import Plan
+def _scenario_settings(
+    scenarios: tuple[Scenario, ...], batches: list[int], fps: float | None
+) -> list[ScenarioSettings]:
+    from paliedge.bench.scenarios import ScenarioSettings
 
-    plans = []
+    found = []
     for scenario in scenarios:
-        plans += [Plan(scenario, size) for size in (batches if scenario != "single-stream" else [1])]
-    return [*plans, *([Plan("camera", fps=fps)] if fps else [])]
+        found += [ScenarioSettings(scenario, size) for size in (batches if scenario != "single-stream" else [1])]
+    return [*found, *([ScenarioSettings("camera", fps=fps)] if fps else [])]
 
 
 def _batches(text: str) -> list[int]:
@@ -232,12 +234,14 @@ class _Progress:
         self._shows = shows
         self._last = 0.0
 
-    def __call__(self, plan: Plan, trace: Trace) -> None:
+    def __call__(self, settings: ScenarioSettings, trace: Trace) -> None:
         now = time.monotonic()
         if self._shows and now - self._last > 0.1:
             self._last = now
             latest = f", {trace.latencies_ms[-1]:.1f} ms" if trace.latencies_ms else ""
-            click.echo(f"\r{plan.scenario} {plan.batch}: {len(trace.answers)} answers{latest}  ", err=True, nl=False)
+            click.echo(
+                f"\r{settings.scenario} {settings.batch}: {len(trace.answers)} answers{latest}  ", err=True, nl=False
+            )
 
     def end(self) -> None:
         if self._shows:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from paliedge.bundle.manifest import Manifest
     from paliedge.planning.devices import Device
-    from paliedge.planning.memory import DevicePlan, PrecisionPlan
+    from paliedge.planning.memory import DeviceEstimate, PrecisionEstimate
 
 _STROKE = "at the data sheet's rates / at the sustained ones; kernel launches and preprocessing are not counted"
 _RESIDENCY = {"both": "both engines", "sequential": "one engine at a time", "none": "no"}
@@ -49,7 +49,7 @@ _RESIDENCY = {"both": "both engines", "sequential": "one engine at a time", "non
     show_envvar=True,
     help="Length of the answer; an object takes five or more.",
 )
-@json_option("The plans as JSON.")
+@json_option("The estimates as JSON.")
 def plan(bundle: Path | None, device: str | None, prompt_tokens: int, new_tokens: int, as_json: bool) -> None:
     """Say what a bundle needs and reaches on a device; without BUNDLE, the shipped one.
 
@@ -57,38 +57,39 @@ def plan(bundle: Path | None, device: str | None, prompt_tokens: int, new_tokens
     """
     from paliedge.bundle.bundle import Bundle
     from paliedge.model import SHIPPED_BUNDLE
-    from paliedge.planning.memory import plan_bundle
+    from paliedge.planning.memory import estimate_device
 
     folder = bundle or SHIPPED_BUNDLE
     manifest = Bundle(folder, check_hashes=False).manifest
     chosen = [DEVICES[device]] if device else list(DEVICES.values())
-    plans = [plan_bundle(manifest, one, prompt_tokens=prompt_tokens, new_tokens=new_tokens) for one in chosen]
+    estimates = [estimate_device(manifest, one, prompt_tokens=prompt_tokens, new_tokens=new_tokens) for one in chosen]
     if as_json:
         import msgspec
 
-        click.echo(json.dumps({"bundle": str(folder), "plans": msgspec.to_builtins(plans)}))
+        click.echo(json.dumps({"bundle": str(folder), "plans": msgspec.to_builtins(estimates)}))
         return
-    _print_bundle(folder, manifest, plans[0])
+    _print_bundle(folder, manifest, estimates[0])
     if device:
-        _print_device(plans[0])
+        _print_device(estimates[0])
     else:
-        _print_devices(plans)
+        _print_devices(estimates)
 
 
-def _print_bundle(folder: Path, manifest: Manifest, plan: DevicePlan) -> None:
-    vision, parameters = manifest.model.vision, plan.parameters
+def _print_bundle(folder: Path, manifest: Manifest, estimate: DeviceEstimate) -> None:
+    vision, parameters = manifest.model.vision, estimate.parameters
     total = parameters.vision + parameters.layers + parameters.head
     targets = ", ".join(f"{name} {target.precision}" for name, target in sorted(manifest.targets.items()))
     _print_row("bundle", f"{folder}: {manifest.model.family}, {vision.image_size} x {vision.image_size} pixels")
     _print_row("has", f"{total / 1e6:.1f} million parameters; graphs for {targets}")
-    prompt = plan.request.prefix - vision.num_image_tokens
+    prompt = estimate.request.prefix - vision.num_image_tokens
     _print_row(
-        "request", f"{vision.num_image_tokens} image and {prompt} prompt tokens, {plan.request.new_tokens} new tokens"
+        "request",
+        f"{vision.num_image_tokens} image and {prompt} prompt tokens, {estimate.request.new_tokens} new tokens",
     )
 
 
-def _print_device(plan: DevicePlan) -> None:
-    device = plan.device
+def _print_device(estimate: DeviceEstimate) -> None:
+    device = estimate.device
     rates = (device.bandwidth / 1e9, device.fp16_flops / 1e12, device.int8_ops / 1e12)
     _print_row("device", f"{device.name}: {_size(device.usable_bytes)} usable of {_size(device.memory_bytes)}")
     _print_row("data sheet", "{:g} GB/s, {:g} TFLOPS in FP16, {:g} TOPS in INT8, dense".format(*rates))
@@ -96,28 +97,28 @@ def _print_device(plan: DevicePlan) -> None:
     _print_row("sustained", f"{shares}, as reached in practice")
     click.echo()
     heads = ("weights", "cache", "workspace", "resident", "one at a time", "build peak", "fits")
-    _print_table("memory", heads, [(one.precision, *_memory_cells(one)) for one in plan.precisions])
-    overhead = plan.precisions[0].memory.overhead
+    _print_table("memory", heads, [(one.precision, *_memory_cells(one)) for one in estimate.precisions])
+    overhead = estimate.precisions[0].memory.overhead
     _print_row("", f"libraries take {_size(overhead)} of each sum; bf16 is as fp16; the embedding table is only mapped")
     click.echo()
     stages = ("vision", "prefill", "a token", "answer")
-    _print_table("ms, floor", stages, [(one.precision, *_time_cells(one)) for one in plan.precisions])
+    _print_table("ms, floor", stages, [(one.precision, *_time_cells(one)) for one in estimate.precisions])
     _print_row("", _STROKE)
     click.echo()
-    _print_row("recommended", _advice(plan))
+    _print_row("recommended", _advice(estimate))
 
 
-def _print_devices(plans: Sequence[DevicePlan]) -> None:
+def _print_devices(estimates: Sequence[DeviceEstimate]) -> None:
     click.echo()
     heads = ("usable", "recommended", "fits", "answer, ms", "swap to build")
-    rows = [(plan.device.key, *_device_cells(plan)) for plan in plans]
+    rows = [(estimate.device.key, *_device_cells(estimate)) for estimate in estimates]
     _print_table("device", heads, rows)
     _print_row("", _STROKE)
     _print_row("", "more of one with --device")
 
 
-def _device_cells(plan: DevicePlan) -> tuple[str, ...]:
-    usable, best = _size(plan.device.usable_bytes), plan.recommended
+def _device_cells(estimate: DeviceEstimate) -> tuple[str, ...]:
+    usable, best = _size(estimate.device.usable_bytes), estimate.recommended
     if not best:
         return usable, "none", _RESIDENCY["none"], "-", "-"
     answer = _pair(best.floor.answer, best.sustained.answer)
@@ -125,8 +126,8 @@ def _device_cells(plan: DevicePlan) -> tuple[str, ...]:
     return usable, best.precision, _RESIDENCY[best.residency], answer, swap
 
 
-def _memory_cells(plan: PrecisionPlan) -> tuple[str, ...]:
-    memory = plan.memory
+def _memory_cells(estimate: PrecisionEstimate) -> tuple[str, ...]:
+    memory = estimate.memory
     sizes = (
         memory.vision + memory.decoder,
         memory.cache,
@@ -135,11 +136,11 @@ def _memory_cells(plan: PrecisionPlan) -> tuple[str, ...]:
         memory.sequential,
         memory.build_peak,
     )
-    return (*map(_size, sizes), _RESIDENCY[plan.residency])
+    return (*map(_size, sizes), _RESIDENCY[estimate.residency])
 
 
-def _time_cells(plan: PrecisionPlan) -> tuple[str, ...]:
-    floor, sustained = plan.floor, plan.sustained
+def _time_cells(estimate: PrecisionEstimate) -> tuple[str, ...]:
+    floor, sustained = estimate.floor, estimate.sustained
     return (
         _pair(floor.vision, sustained.vision),
         _pair(floor.prefill, sustained.prefill),
@@ -148,23 +149,23 @@ def _time_cells(plan: PrecisionPlan) -> tuple[str, ...]:
     )
 
 
-def _advice(plan: DevicePlan) -> str:
-    best = plan.recommended
+def _advice(estimate: DeviceEstimate) -> str:
+    best = estimate.recommended
     if not best:
-        return f"another device or a smaller model: none of these fits {_size(plan.device.usable_bytes)}"
-    targets = " or ".join(f"{name} ({TARGET_NAMES[name]})" for name in plan.device.targets)
+        return f"another device or a smaller model: none of these fits {_size(estimate.device.usable_bytes)}"
+    targets = " or ".join(f"{name} ({TARGET_NAMES[name]})" for name in estimate.device.targets)
     loaded = "both engines stay loaded"
     if best.residency == "sequential":
         loaded = (
             "one engine at a time (--sequential), vision freed before the decoder loads, "
             "so that each image waits for two loads"
         )
-    return f"{best.precision} for {targets}; {loaded}{_build_advice(plan.device, best)}"
+    return f"{best.precision} for {targets}; {loaded}{_build_advice(estimate.device, best)}"
 
 
-def _build_advice(device: Device, plan: PrecisionPlan) -> str:
-    if plan.build_swap:
-        return f"; a build wants {_size(plan.build_swap)} of swap"
+def _build_advice(device: Device, estimate: PrecisionEstimate) -> str:
+    if estimate.build_swap:
+        return f"; a build wants {_size(estimate.build_swap)} of swap"
     return "" if device.unified else "; a build runs in the host's memory"
 
 

@@ -52,7 +52,7 @@ def answer_all(
         writer = open_writer(form, partial(click.echo, nl=False), save, prompt.boxes, free=generation.free)
     items = open_source(source, frames, lambda line: click.echo(line, err=True))
     saver = Saver(save, items, has_boxes=prompt.boxes is not None) if save and form not in FOLDER_FORMATS else None
-    run = Run(writer, saver, makes_files=form in FOLDER_FORMATS)
+    run = SourceRun(writer, saver, makes_files=form in FOLDER_FORMATS)
     model = load_model(bundle, options)
     try:
         with closing(iter(items)) as found:
@@ -70,7 +70,7 @@ def answer_all(
         click.get_current_context().exit(SOME_FAILED if run.num_answers else run.errors[0].exit_code)
 
 
-class Run:
+class SourceRun:
     """What is done with each picture: write the answer, save the annotated picture.
 
     Attributes:

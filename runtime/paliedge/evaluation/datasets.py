@@ -125,7 +125,7 @@ def open_coco(dataset: Path, *, masks: bool) -> CocoDataset:
     try:
         content = msgspec.json.decode(_read(file, _COCO_ACTION), type=_Coco)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unusable(file, f"something else: {error}", _COCO_ACTION) from None
+        raise _unusable(file, f"something else: {error}", _COCO_ACTION) from error
     names = {category.id: category.name for category in content.categories}
     by_image: dict[int | str, list[Annotation]] = {image.id: [] for image in content.images}
     for number, entry in enumerate(content.annotations):
@@ -207,7 +207,7 @@ def _read(file: Path, action: str) -> bytes:
     try:
         return file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise _unusable(file, error.strerror or "an error of the file system", action) from None
+        raise _unusable(file, error.strerror or "an error of the file system", action) from error
 
 
 def _annotation(entry: _Annotation, label: str, outline: Polygons | Runs | None) -> Annotation:
@@ -249,7 +249,7 @@ def _parse_line(file: Path, number: int, line: bytes, needs_prompt: bool) -> _Li
     try:
         entry = msgspec.json.decode(line, type=_Line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unusable(file, f"line {number}: {error}", _TEXT_ACTION) from None
+        raise _unusable(file, f"line {number}: {error}", _TEXT_ACTION) from error
     if not entry.answers and entry.suffix is None:
         raise _unusable(file, f"line {number} without `suffix` or `answers`", _TEXT_ACTION)
     if needs_prompt and not entry.prefix:

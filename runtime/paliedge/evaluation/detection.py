@@ -113,7 +113,7 @@ def _answer(model: Detector, image: CocoImage, labels: Sequence[str], question: 
         results = [model.generate(encoded, prompt) for prompt in prompts]
     except UsageError as error:
         advice = "" if question.one_by_one else " With --one-by-one or --labels present the prompts are shorter."
-        raise UsageError(expected=error.expected, found=error.found, action=error.action + advice) from None
+        raise UsageError(expected=error.expected, found=error.found, action=error.action + advice) from error
     milliseconds = encoded.preprocess_ms + encoded.vision_ms + sum(result.timings.total_ms for result in results)
     names = {_plain(label): label for label in labels}
     case = Case(

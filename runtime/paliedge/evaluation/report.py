@@ -128,7 +128,7 @@ def prepare_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise _unwritable(folder, error) from None
+        raise _unwritable(folder, error) from error
 
 
 def save_report(report: Report, folder: Path) -> list[Path]:
@@ -146,7 +146,7 @@ def save_report(report: Report, folder: Path) -> list[Path]:
         paths[1].write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         draw_worst(report.outcome.cases).save(paths[2])
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _unwritable(folder, error) from error
     return paths
 
 

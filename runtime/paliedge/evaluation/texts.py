@@ -25,7 +25,7 @@ from paliedge.evaluation.tasks import Task
 from paliedge.results.generation import Generation
 
 
-class Writer(Protocol):
+class TextModel(Protocol):
     """What answers a prompt; `PaliGemma` does."""
 
     def generate(self, image: Path, prompt: str, /) -> Generation: ...
@@ -37,7 +37,7 @@ def default_prompt(task: Task, prompts: Prompts, lang: str) -> str:
 
 
 def evaluate_texts(
-    model: Writer, examples: Sequence[TextExample], task: Task, prompt: str, watcher: Watcher
+    model: TextModel, examples: Sequence[TextExample], task: Task, prompt: str, watcher: Watcher
 ) -> Outcome:
     """Ask for every example, with its own prompt or `prompt`, and score the answers.
 

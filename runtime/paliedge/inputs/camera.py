@@ -31,13 +31,13 @@ def import_gst() -> Any:
         gi = import_module("gi")
         gi.require_version("Gst", "1.0")
         gst = import_module("gi.repository.Gst")
-    except (ImportError, ValueError):  # ValueError: gi without GStreamer
+    except (ImportError, ValueError) as error:  # ValueError: gi without GStreamer
         raise MissingExtraError(
             expected="GStreamer's Python bindings, for csi://",
             found="no `gi` with Gst 1.0",
             action="Run `apt install python3-gi gir1.2-gstreamer-1.0` and make the virtual environment "
             "with --system-site-packages.",
-        ) from None
+        ) from error
     gst.init(None)
     return gst
 
@@ -53,7 +53,7 @@ def read_csi(sensor: int) -> Generator[Callable[[], Image.Image] | None, None, N
     try:
         pipeline = gst.parse_launch(_PIPELINE.format(sensor=sensor))
     except Exception as error:  # GLib.Error, which only gi knows: no nvarguscamerasrc
-        raise _no_camera(sensor, str(error)) from None
+        raise _no_camera(sensor, str(error)) from error
     try:
         pipeline.set_state(gst.State.PLAYING)
         sink, bus = pipeline.get_by_name("sink"), pipeline.get_bus()

@@ -72,10 +72,10 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
         if not path.is_file():  # a pipe would block, a device never end
             raise FileNotFoundError
         stream = path.open("rb")
-    except (OSError, ValueError):  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(
             expected=f"a readable image file at {path}", found="none", action="Check the path and its permissions."
-        ) from None
+        ) from error
     with stream:
         return _decode_file(stream, str(path))
 
@@ -85,16 +85,16 @@ def _decode_file(stream: BinaryIO, name: str) -> Image.Image:
         warnings.simplefilter("ignore")  # damaged metadata; size is checked below, whatever Pillow warns of
         try:
             image = Image.open(stream, formats=FORMATS)
-        except UnidentifiedImageError:
+        except UnidentifiedImageError as error:
             raise ImageError(
                 expected="a JPEG, PNG, WEBP or BMP image",
                 found=f"something else in {name}",
                 action="Convert it to one of these formats.",
-            ) from None
-        except Image.DecompressionBombError:
-            raise _too_large("too many to count") from None
-        except Exception:
-            raise _damaged(name) from None
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise _too_large("too many to count") from error
+        except Exception as error:
+            raise _damaged(name) from error
         _check_size(image.size)
         return _decode(image, name)
 
@@ -103,8 +103,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         picture = _rgb_from_image(_upright(image))
-    except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
-        raise _damaged(name) from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
+        raise _damaged(name) from error
     picture.info = {}  # the orientation is applied: who loads the result again must not turn it again
     return picture
 

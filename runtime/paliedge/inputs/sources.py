@@ -228,7 +228,7 @@ def find_files(source: str) -> list[Path]:
             expected=f"pictures at {source[:200]}",
             found=getattr(error, "strerror", None) or "a name or a list that cannot be read",
             action="Check the path and its permissions.",
-        ) from None
+        ) from error
     if not found:
         raise ImageError(
             expected=f"pictures at {source}",

@@ -46,10 +46,10 @@ class PromptTokenizer:
             )
         try:
             text.encode()
-        except UnicodeEncodeError:
+        except UnicodeEncodeError as error:
             raise UsageError(
                 expected="a prompt of valid Unicode", found="a lone surrogate", action="Decode your input as UTF-8."
-            ) from None
+            ) from error
         tokenizer = self._tokenizer if location_tokens else self._plain_tokenizer
         ids = tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False).ids
         return [self._tokens.bos, *ids, self._tokens.newline]
@@ -97,6 +97,6 @@ class PromptTokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(
                 expected=f"a tokenizer in {self._path}", found=f"{error}", action="Export the bundle again."
-            ) from None
+            ) from error
         tokenizer.encode_special_tokens = True
         return tokenizer

@@ -65,12 +65,12 @@ def import_av() -> Any:
     """
     try:
         return import_module("av")
-    except ImportError:
+    except ImportError as error:
         raise MissingExtraError(
             expected="PyAV, which reads and writes video",
             found="no package `av`",
             action='Run `pip install "paliedge[video]"`.',
-        ) from None
+        ) from error
 
 
 def read_video(path: Path, every: int = 1) -> Generator[VideoFrame, None, None]:
@@ -202,7 +202,7 @@ def read_stream(
         if problems:
             raise lost(problems[0])
     except (av.FFmpegError, OSError) as error:
-        raise lost(reason_of(error)) from None
+        raise lost(reason_of(error)) from None  # its text holds the address, which may hold a password
 
 
 def lost(found: str) -> ImageError:

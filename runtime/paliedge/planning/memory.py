@@ -18,9 +18,9 @@ from paliedge.planning.devices import DEVICES, TARGET_NAMES, Device
 from paliedge.planning.roofline import (
     SCHEMES,
     Parameters,
-    Request,
     Scheme,
     Times,
+    Workload,
     cache_bytes_per_token,
     count_parameters,
     estimate_times,
@@ -42,7 +42,7 @@ Residency = Literal["both", "sequential", "none"]
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes that one precision takes on a device.
 
     Attributes:
@@ -70,7 +70,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class PrecisionPlan:
+class PrecisionEstimate:
     """One precision on one device.
 
     Attributes:
@@ -84,7 +84,7 @@ class PrecisionPlan:
     """
 
     precision: str
-    memory: Memory
+    memory: MemoryEstimate
     residency: Residency
     build_swap: int
     floor: Times
@@ -92,7 +92,7 @@ class PrecisionPlan:
 
 
 @dataclass(frozen=True)
-class DevicePlan:
+class DeviceEstimate:
     """A bundle on a device.
 
     Attributes:
@@ -102,9 +102,9 @@ class DevicePlan:
 
     device: Device
     parameters: Parameters
-    request: Request
-    precisions: tuple[PrecisionPlan, ...]
-    recommended: PrecisionPlan | None
+    request: Workload
+    precisions: tuple[PrecisionEstimate, ...]
+    recommended: PrecisionEstimate | None
 
 
 class FreeMemory(NamedTuple):
@@ -114,7 +114,9 @@ class FreeMemory(NamedTuple):
     swap: int
 
 
-def plan_bundle(manifest: Manifest, device: Device, *, prompt_tokens: int = 16, new_tokens: int = 10) -> DevicePlan:
+def estimate_device(
+    manifest: Manifest, device: Device, *, prompt_tokens: int = 16, new_tokens: int = 10
+) -> DeviceEstimate:
     """What `manifest`'s model needs and reaches on `device`, for one request at a time.
 
     Args:
@@ -130,14 +132,14 @@ def plan_bundle(manifest: Manifest, device: Device, *, prompt_tokens: int = 16, 
     _check_limit("prompt tokens", prompt_tokens, limits.prefix - vision.num_image_tokens)
     _check_limit("new tokens", new_tokens, limits.new_tokens)
     parameters = count_parameters(manifest)
-    request = Request(vision.num_image_tokens + prompt_tokens, new_tokens)
-    plans = tuple(_plan_precision(manifest, parameters, device, scheme, request) for scheme in SCHEMES)
-    return DevicePlan(
+    request = Workload(vision.num_image_tokens + prompt_tokens, new_tokens)
+    estimates = tuple(_estimate_precision(manifest, parameters, device, scheme, request) for scheme in SCHEMES)
+    return DeviceEstimate(
         device=device,
         parameters=parameters,
         request=request,
-        precisions=plans,
-        recommended=_recommend(plans),
+        precisions=estimates,
+        recommended=_recommend(estimates),
     )
 
 
@@ -150,20 +152,20 @@ def _check_limit(what: str, found: int, limit: int) -> None:
         )
 
 
-def _recommend(plans: tuple[PrecisionPlan, ...]) -> PrecisionPlan | None:
+def _recommend(estimates: tuple[PrecisionEstimate, ...]) -> PrecisionEstimate | None:
     """The widest precision that is about as fast in practice as the fastest; both engines loaded, if any allows it."""
-    fitting = [plan for plan in plans if plan.residency == "both"]
-    fitting = fitting or [plan for plan in plans if plan.residency == "sequential"]
-    fastest = min((plan.sustained.answer for plan in fitting), default=0)
-    return next((plan for plan in fitting if plan.sustained.answer * _ABOUT_AS_FAST <= fastest), None)
+    fitting = [estimate for estimate in estimates if estimate.residency == "both"]
+    fitting = fitting or [estimate for estimate in estimates if estimate.residency == "sequential"]
+    fastest = min((estimate.sustained.answer for estimate in fitting), default=0)
+    return next((estimate for estimate in fitting if estimate.sustained.answer * _ABOUT_AS_FAST <= fastest), None)
 
 
-def _plan_precision(
-    manifest: Manifest, parameters: Parameters, device: Device, scheme: Scheme, request: Request
-) -> PrecisionPlan:
+def _estimate_precision(
+    manifest: Manifest, parameters: Parameters, device: Device, scheme: Scheme, request: Workload
+) -> PrecisionEstimate:
     memory = estimate_memory(manifest, parameters, scheme)
     usable = device.usable_bytes
-    return PrecisionPlan(
+    return PrecisionEstimate(
         precision=scheme.name,
         memory=memory,
         residency="both" if memory.both <= usable else "sequential" if memory.sequential <= usable else "none",
@@ -173,15 +175,15 @@ def _plan_precision(
     )
 
 
-def estimate_memory(manifest: Manifest, parameters: Parameters, scheme: Scheme) -> Memory:
-    """Bytes of `manifest`'s model in the precision `scheme`; see `Memory`."""
+def estimate_memory(manifest: Manifest, parameters: Parameters, scheme: Scheme) -> MemoryEstimate:
+    """Bytes of `manifest`'s model in the precision `scheme`; see `MemoryEstimate`."""
     vision = round(parameters.vision * scheme.vision)
     decoder = round(parameters.layers * scheme.layers + parameters.head * scheme.head)
     cache = cache_bytes(manifest)
     vision_workspace = estimate_vision_workspace(manifest.model)
     decoder_workspace = estimate_decoder_workspace(manifest)
     encoding, decoding = vision + vision_workspace, decoder + decoder_workspace + cache
-    return Memory(
+    return MemoryEstimate(
         vision=vision,
         decoder=decoder,
         cache=cache,
@@ -250,10 +252,10 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> FreeMemory:
     try:
         rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available, swap = (int(rows[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise ResourceError(
             expected=f"MemAvailable and SwapFree in {meminfo}", found="none", action="Run this on Linux."
-        ) from None
+        ) from error
     return FreeMemory(available, swap)
 
 
@@ -311,7 +313,7 @@ def _precision(manifest: Manifest) -> Precision:
 
 
 def _advise_precision(
-    manifest: Manifest, precision: Precision, what: str, bytes_of: Callable[[Memory], int], room_bytes: int
+    manifest: Manifest, precision: Precision, what: str, bytes_of: Callable[[MemoryEstimate], int], room_bytes: int
 ) -> list[str]:
     """A sentence that names the widest precision below `precision` in which `what` fits; none where none does."""
     own, parameters = scheme_for(precision), count_parameters(manifest)

@@ -71,7 +71,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Request:
+class Workload:
     """Tokens: image and prompt together, and those of the answer."""
 
     prefix: int
@@ -175,7 +175,7 @@ def estimate_times(
     parameters: Parameters,
     scheme: Scheme,
     device: Device,
-    request: Request,
+    request: Workload,
     *,
     sustained: bool,
 ) -> Times:

@@ -238,12 +238,12 @@ class Generation:
         """
         try:
             supervision = import_module("supervision")
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
             raise MissingExtraError(
                 expected="supervision, for its Detections",
                 found="no such package",
                 action="Run `pip install supervision`.",
-            ) from None
+            ) from error
         boxes, masks = self.boxes, None
         if self.masks:
             masks = np.zeros((len(boxes), *self.orig_shape), np.bool_)
@@ -303,4 +303,4 @@ def writing(path: Path) -> Iterator[None]:
             expected=f"to write {path}",
             found=error.strerror or "an error of the file system",
             action="Name another folder (--save), or make room.",
-        ) from None
+        ) from error

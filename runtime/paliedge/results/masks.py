@@ -52,12 +52,12 @@ class Mask:
         """
         try:
             from contourpy import contour_generator
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
             raise MissingExtraError(
                 expected="contourpy, for polygons",
                 found="no such package",
                 action='Run `pip install "paliedge[polygons]"`.',
-            ) from None
+            ) from error
         rows, columns = self.values.shape
         framed = np.pad(self.values, 1, constant_values=min(-1.0, float(self.values.min())))
         x1, y1, x2, y2 = self.box

@@ -41,7 +41,7 @@ class VideoWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._container = self._av.open(f"file:{path}", "w", format="mp4")
         except (self._av.FFmpegError, OSError) as error:
-            raise self._unwritable(error) from None
+            raise self._unwritable(error) from error
 
     def add(self, image: Image.Image, time_s: float) -> None:
         """Append a picture that is shown from `time_s` on, in seconds of any clock."""
@@ -56,7 +56,7 @@ class VideoWriter:
             frame.pts, frame.time_base, self._last_tick = tick, Fraction(1, _TICKS), tick
             self._mux(frame)
         except (self._av.FFmpegError, OSError) as error:
-            raise self._unwritable(error) from None
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Write the end; without it the file cannot be played."""
@@ -64,7 +64,7 @@ class VideoWriter:
             if self._stream is not None:
                 self._mux(None)
         except (self._av.FFmpegError, OSError) as error:
-            raise self._unwritable(error) from None
+            raise self._unwritable(error) from error
         finally:
             self._container.close()
 

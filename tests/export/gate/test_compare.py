@@ -17,7 +17,7 @@ from paliedge.bundle.precision_report import TargetReport
 from paliedge.errors import PrecisionError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge_export.gate.compare import GATES, check, compare
-from paliedge_export.gate.runner import Answer, Answers
+from paliedge_export.gate.runner import ReferenceRun, TeacherForcedAnswer
 from paliedge_export.weights.samples import builtin_samples
 
 SAMPLES = builtin_samples()[:1]
@@ -27,10 +27,10 @@ TOKENS: Tokens = Bundle(SHIPPED_BUNDLE, check_hashes=False).manifest.tokens
 class FakeRunner:
     """Gives answers that are told to it."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: ReferenceRun) -> None:
         self._answers = answers
 
-    def answer(self, *arguments: object) -> Answers:
+    def answer(self, *arguments: object) -> ReferenceRun:
         return self._answers
 
     def text(self, tokens: object) -> str:
@@ -50,18 +50,18 @@ def answers(
     last_hidden: float | None = None,
     features: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
     num_not_finite: int = 0,
-) -> Answers:
+) -> ReferenceRun:
     """The same answer to each prompt; figures are cosines with those of 1.0, `last_hidden` that of the last token."""
     state = turned(hidden)
     states = np.tile(state, (len(tokens), 1))
     states[-1] = state if last_hidden is None else turned(last_hidden)
-    answer = Answer(tokens, [log_prob] * len(tokens), states)
+    answer = TeacherForcedAnswer(tokens, [log_prob] * len(tokens), states)
     layers = {f"language_model.layers.{index}": np.tile(state if index else 1.0, (3, 2))[:, :2] for index in range(3)}
     image_features = np.stack([turned(cosine) for cosine in features])
-    return Answers("the reference", [image_features], [[answer] * 3], layers, num_not_finite)
+    return ReferenceRun("the reference", [image_features], [[answer] * 3], layers, num_not_finite)
 
 
-def run(expected: Answers, found: Answers, precision: Any = "int8") -> TargetReport:
+def run(expected: ReferenceRun, found: ReferenceRun, precision: Any = "int8") -> TargetReport:
     return compare(FakeRunner(found), SAMPLES, expected, TOKENS, precision)  # type: ignore[arg-type]
 
 

@@ -22,13 +22,13 @@ from paliedge.bundle.manifest import Limits, Precision, Prompts
 from paliedge_export.checkpoint.config import ModelConfig, read_config
 from paliedge_export.checkpoint.metadata import read_preprocess, read_tokens
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
-from paliedge_export.gate.runner import Answers, Runner, collect_statistics
+from paliedge_export.gate.runner import ReferenceRun, Runner, collect_statistics
 from paliedge_export.weights.activations import InputStatistics, Statistics
 from paliedge_export.weights.files import Encoding, Tensors, quantized_bits
 from paliedge_export.weights.linears import linears
 from paliedge_export.weights.samples import builtin_samples
 from paliedge_export.weights.smoothing import Smoothing, smooth, unsmoothed
-from paliedge_export.writer import Source, write_all_weights, write_bundle
+from paliedge_export.writer import ModelSource, write_all_weights, write_bundle
 from tests.tiny import make_tiny
 
 Array = npt.NDArray[Any]
@@ -48,7 +48,7 @@ class Loud:
     folder: Path
     config: ModelConfig
     checkpoint: Checkpoint
-    answers: Answers
+    answers: ReferenceRun
     statistics: Statistics
     smoothed: dict[Precision, Smooth] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class Smooth:
     before: Loud
     precision: Precision
     smoothing: Smoothing
-    answers: Answers
+    answers: ReferenceRun
     statistics: Statistics
 
 
@@ -101,10 +101,12 @@ def make_loud(model: PaliGemmaForConditionalGeneration) -> None:
             mlp.up_proj.weight *= draw(len(mlp.up_proj.weight), (mlp.down_proj,))[:, None]
 
 
-def answer(checkpoint: Path, tensors: Tensors, folder: Path, forced: Answers | None) -> tuple[Answers, Statistics]:
+def answer(
+    checkpoint: Path, tensors: Tensors, folder: Path, forced: ReferenceRun | None
+) -> tuple[ReferenceRun, Statistics]:
     """Answers of fp32 graphs of `tensors`, written to `folder`, and the statistics of their layers."""
     config, limits = read_config(checkpoint), Limits(prefix=64, new_tokens=32)
-    source = Source(
+    source = ModelSource(
         "loud",
         checkpoint,
         config,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from paliedge.backends.cuda import DeviceBuffer, Graph, PinnedBuffer, Stream, align
+from paliedge.backends.cuda import CudaGraph, DeviceBuffer, PinnedBuffer, Stream, align
 from paliedge.backends.trt.engine import Context
 from paliedge.bundle.manifest import ITEMSIZE, Target
 
@@ -104,7 +104,7 @@ class TrtCache:
         self.memory = memory
         self.contexts: dict[int, Context] = {}
         self.warm = False
-        self.graph: Graph | None = None
+        self.graph: CudaGraph | None = None
 
     def unbind(self) -> None:
         """Forget the engine that it was bound to; what is in it stays."""

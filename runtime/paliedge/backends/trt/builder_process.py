@@ -70,9 +70,9 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     logger = make_logger(trt, messages)
     try:
         builder = trt.module.Builder(logger)
-    except TypeError:  # the bindings' answer to a null pointer
+    except TypeError as error:  # the bindings' answer to a null pointer
         action = "It needs an NVIDIA GPU and its driver: see `paliedge doctor`."
-        raise _failed(trt, "no builder", messages, action) from None
+        raise _failed(trt, "no builder", messages, action) from error
     network = builder.create_network(trt.network_flags())
     parser = trt.module.OnnxParser(network, logger)
     if not parser.parse_from_file(order.onnx):
@@ -173,7 +173,7 @@ def main() -> None:
             build_plan(order, lambda progress: say(BuildEvent(progress=progress)))
     except PaliEdgeError as error:
         say(BuildEvent(error=error.found, action=error.action))
-        raise SystemExit(1) from None
+        raise SystemExit(1) from error
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     say(BuildEvent(cost=BuildCost(seconds=time.perf_counter() - started, peak_memory=peak_memory)))
 

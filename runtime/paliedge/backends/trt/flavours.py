@@ -101,7 +101,7 @@ def load_flavour(flavour: Flavour) -> TensorRt:
         module = importlib.import_module(_MODULES[flavour])
         found = TensorRt(flavour, module, module.__version__)
     except (ImportError, OSError, AttributeError) as error:  # a library is missing; a stray folder of that name
-        raise _missing(flavour, (str(error) or type(error).__name__).splitlines()[0]) from None
+        raise _missing(flavour, (str(error) or type(error).__name__).splitlines()[0]) from error
     if flavour == "tensorrt" and _parse(found.version) < _OLDEST:
         raise EngineMismatchError(
             expected="TensorRT 10.3 (JetPack 6.2) or later",
