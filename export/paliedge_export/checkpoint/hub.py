@@ -19,8 +19,8 @@ def find_checkpoint(checkpoint: str) -> Path:
     """
     try:
         folder = Path(checkpoint).expanduser()
-    except RuntimeError as error:  # ~somebody who has no home here
-        raise _misspelt(checkpoint) from error
+    except RuntimeError:  # ~somebody who has no home here
+        raise _misspelt(checkpoint) from None
     if checkpoint and folder.is_dir():
         return folder
     if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
@@ -37,32 +37,33 @@ def _misspelt(checkpoint: str) -> CheckpointError:
 
 
 def _download(repository: str) -> Path:
+    """Download the repository. The client's errors are not kept as causes: their texts may hold the user's token."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     expected = f"the hub repository {repository}"
     try:
         return Path(snapshot_download(repository, allow_patterns=_WANTED))
-    except GatedRepoError as error:  # before its base class RepositoryNotFoundError
+    except GatedRepoError:  # before its base class RepositoryNotFoundError
         raise CheckpointError(
             expected=expected,
             found="access to it is gated and not granted to you",
             action=f"1. Open https://huggingface.co/{repository} and accept its terms. "
             "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
-        ) from error
-    except RepositoryNotFoundError as error:
+        ) from None
+    except RepositoryNotFoundError:
         raise CheckpointError(
             expected=expected,
             found="no such repository, or a private one that you are not logged in for",
             action=f"1. Open https://huggingface.co/{repository} and check the name. "
             "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
-        ) from error
-    except HFValidationError as error:
-        raise _misspelt(repository) from error
+        ) from None
+    except HFValidationError:
+        raise _misspelt(repository) from None
     except Exception as error:  # the client lets through what its HTTP library raises, and changes the library
         reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
         raise CheckpointError(
             expected=expected,
             found=f"no complete copy in the local cache, and a download that failed ({reason})",
             action="Check the network and HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
-        ) from None  # its text may hold what the request did, a token too
+        ) from None
