@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -26,133 +27,126 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
     return red, green, blue
 
 
-@click.command()
+@command(
+    "paliedge export google/paligemma-3b-mix-224 -o bundle --target jetpack6",
+    "paliedge export my-fine-tune -o bundle --target jetpack6 --precision int4 --calibrate photos/",
+    "paliedge export google/paligemma-3b-pt-224 --lora adapter -o bundle",
+)
 @click.argument("checkpoint")
-@click.option(
+@option(
     "-o",
     "--output",
     required=True,
     type=click.Path(path_type=Path, file_okay=False),
-    envvar="PALIEDGE_OUTPUT",
-    show_envvar=True,
     help="Folder of the bundle; an older bundle there is replaced once the new one is whole.",
+    group="Output",
 )
-@click.option(
+@option(
     "--target",
     "targets",
     type=click.Choice(["cpu", "jetpack6", "jetpack7", "rtx"]),
     multiple=True,
     default=["cpu"],
     show_default=True,
-    envvar="PALIEDGE_TARGET",
-    show_envvar=True,
     help="Give it several times for a bundle that serves several; they share their weights.",
+    group="Graphs",
 )
-@click.option(
+@option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
-    envvar="PALIEDGE_PRECISION",
-    show_envvar=True,
     help="Of stored weights and matrix products; fp32 for cpu alone, else fp16, unless told.",
+    group="Graphs",
 )
-@click.option(
+@option(
     "--calibrate",
     type=click.Path(path_type=Path),
-    envvar="PALIEDGE_CALIBRATE",
-    show_envvar=True,
     help="Images for int8 and int4, and for the comparison: a folder, with the .jsonl of a fine-tune (image, prefix, "
     "suffix) if there is one; or a bundle, whose statistics are taken again. Without it the checkpoint's own folder "
     "'calibration'.",
+    group="Comparison",
 )
-@click.option(
+@option(
     "--sensitivity",
     type=click.FloatRange(0, 100),
     metavar="PERCENT",
-    envvar="PALIEDGE_SENSITIVITY",
-    show_envvar=True,
     help="For int8 and int4: quantise each linear layer alone, rank them by the error, and keep the worst in 16 bits "
     "while the layers' weights grow by at most this much; 0 only ranks. Takes two prompts a layer.",
+    group="Comparison",
 )
-@click.option(
+@option(
     "--head-vocab",
     metavar="FILE|detect",
-    envvar="PALIEDGE_HEAD_VOCAB",
-    show_envvar=True,
     help="Keep only what detecting and segmenting needs in the output head: the labels in FILE, one a line, or with "
     "'detect' those that the calibration prompts ask for. Other tasks are then refused.",
+    group="Graphs",
 )
-@click.option(
+@option(
     "--fast-prefill",
     is_flag=True,
-    envvar="PALIEDGE_FAST_PREFILL",
-    show_envvar=True,
     help="For int4 and cpu: the decoder's layers in 8 bits, too, which images and prompts go through faster. The "
     "bundle and its memory are about twice as large.",
+    group="Graphs",
 )
-@click.option(
+@option(
     "--prompts",
     metavar="NAME|FILE",
-    envvar="PALIEDGE_PROMPTS",
-    show_envvar=True,
     help="The prompts that CHECKPOINT was trained with: mix, docvqa, chartqa, pope, scienceqa, ai2d, aokvqa-mc, "
     'refcoco-seg, or a JSON file of templates such as {"answer": "{question}"}. Unless given its name decides.',
+    group="Model",
 )
-@click.option(
+@option(
     "--lora",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    envvar="PALIEDGE_LORA",
-    show_envvar=True,
     help="Folder of a PEFT adapter (LoRA, rsLoRA, DoRA), merged into CHECKPOINT's weights before anything else.",
+    group="Model",
 )
-@click.option(
+@option(
     "--mask-decoder",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    envvar="PALIEDGE_MASK_DECODER",
-    show_envvar=True,
     help="big_vision's vae-oid.npz, or the same as .safetensors, for masks; without it such a file beside CHECKPOINT.",
+    group="Model",
 )
-@click.option(
+@option(
     "--max-prompt-tokens",
     type=click.IntRange(8),
     default=128,
     show_default=True,
     envvar="PALIEDGE_EXPORT_MAX_PROMPT_TOKENS",
-    show_envvar=True,
+    group="Graphs",
 )
-@click.option(
+@option(
     "--max-images",
     type=click.IntRange(1, 16),
     default=1,
     show_default=True,
     envvar="PALIEDGE_EXPORT_MAX_IMAGES",
-    show_envvar=True,
     help="Of one prompt, such as two pictures to compare or frames of a video; each takes room in the KV cache.",
+    group="Graphs",
 )
-@click.option(
+@option(
     "--letterbox",
     metavar="COLOUR",
     callback=_read_colour,
     envvar="PALIEDGE_EXPORT_LETTERBOX",
-    show_envvar=True,
     help="For a fine-tune that was trained on letterboxed pictures: pad them with COLOUR (black, #727272) instead of "
     "squashing them; boxes are mapped back.",
+    group="Model",
 )
-@click.option(
+@option(
     "--max-new-tokens",
     type=click.IntRange(1),
     default=256,
     show_default=True,
     envvar="PALIEDGE_EXPORT_MAX_NEW_TOKENS",
-    show_envvar=True,
+    group="Graphs",
 )
-@click.option(
+@option(
     "--compare/--no-compare",
     default=True,
-    envvar="PALIEDGE_COMPARE",
-    show_envvar=True,
     help="Run the graphs against the reference before publishing; needs memory for the whole model.",
+    group="Comparison",
 )
-@click.option("--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help="The report as JSON.")
+@option("--json", "as_json", is_flag=True, help="The report as JSON.", group="Output")
 def export(
     checkpoint: str,
     output: Path,

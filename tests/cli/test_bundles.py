@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from paliedge.cli import main
 from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.help import GROUPS, VerbCommand
 from paliedge.model import SHIPPED_BUNDLE
 from tests.cli.test_predict import run
 from tests.paths import SHAPES_CHECKPOINT
@@ -135,15 +137,16 @@ def test_help_names_every_verb_and_is_fast() -> None:
         after = os.times()
         used = (after.children_user + after.children_system) - (before.children_user + before.children_system)
         times.append(used)
-    shown = [line.split()[0] for line in output.split("Commands:\n")[1].splitlines() if line[2:3].strip()]
+    rows = output.split("Begin:\n")[1].splitlines()
+    shown = [line.split()[0] for line in rows if line.startswith("  ") and line[2:3].strip()]
     assert (
         " ".join(shown)
-        == "ask bench build caption demo detect doctor eval export info ocr plan predict question segment verify"
+        == "demo doctor export info plan build verify detect segment caption ask question ocr predict eval bench"
     )
     assert min(times) < 0.3
 
 
-def test_every_option_shows_its_environment_variable() -> None:
+def test_every_option_has_its_twin_in_the_environment() -> None:
     import click
 
     with click.Context(main) as context:
@@ -153,7 +156,37 @@ def test_every_option_shows_its_environment_variable() -> None:
             for parameter in command.params:
                 if isinstance(parameter, click.Option):
                     assert str(parameter.envvar).startswith("PALIEDGE_"), (verb, parameter.name)
-                    assert parameter.show_envvar, (verb, parameter.name)
+                    name = max(parameter.opts, key=len).removeprefix("--").replace("-", "_").upper()
+                    assert str(parameter.envvar).endswith(name), (verb, parameter.name)
+
+
+def test_help_lists_options_in_groups_and_ends_with_examples_that_exist() -> None:
+    import click
+
+    with click.Context(main) as context:
+        for verb in main.list_commands(context):
+            command = main.get_command(context, verb)
+            assert isinstance(command, VerbCommand), verb
+            text = run(verb, "--help").stdout
+            groups = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+            assert groups[-1] == "Examples", verb
+            assert set(groups[:-2]) <= set(GROUPS), verb
+            for example in command.examples:
+                words = shlex.split(example.split(" > ")[0])
+                assert words[:2] == ["paliedge", verb]
+                flags = {word for word in words if word.startswith("-") and word != "-"}
+                known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+                assert flags <= known, example
+
+
+def test_verbose_says_what_is_done_and_where_an_error_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    quiet, loud = (run("ocr", tmp_path / "a.png", *more) for more in ((), ("-v",)))
+    assert quiet.exit_code == loud.exit_code == 5
+    assert "Traceback" not in quiet.stderr
+    assert "UnidentifiedImageError" in loud.stderr
+    assert "loaded" in loud.stderr
+    assert quiet.stderr == run("ocr", tmp_path / "a.png").stderr, "the handler went with its verb"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -64,6 +66,7 @@ graphs for TensorRT, which stand in for engines here, multiply in float32 what t
 as any. The third keeps KleidiAI's kernels for ARM out: they round a whole row of activations to one scale where blocks
 have their own (twice the error where one channel is large), and with SME give zeros for int8 weights.
 """
+_LOG = logging.getLogger(__name__)
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
@@ -358,6 +361,7 @@ def load_graph(
             found=f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}",
             action='Replace it: `pip uninstall onnxruntime`, then `pip install "paliedge[gpu]"`.',
         )
+    started = time.perf_counter()
     try:
         session = ort.InferenceSession(path, options, providers=wanted)
     except Exception as error:  # the bindings raise a class of their own for each cause
@@ -372,6 +376,7 @@ def load_graph(
             found="that it could not: no NVIDIA driver, or no CUDA and cuDNN of its version",
             action="Run `paliedge doctor`, or use `--backend cpu`.",
         )
+    _LOG.info("loaded %s for %s on %d threads in %.2f s", path, wanted[0], num_threads, time.perf_counter() - started)
     return session
 
 

@@ -5,6 +5,7 @@ An engine is used only where flavour, version and GPU are those it was built for
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class BackendOptions:
 
 
 Report = Callable[[str], None]
+_LOG = logging.getLogger(__name__)
 
 
 def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Session[Any, Any]:
@@ -70,8 +72,10 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
         try:
             session, name = _open(backend, bundle, options, report)
         except (MissingExtraError, DeviceError) as error:
+            _LOG.info("not %s: %s", backend, error)
             reasons.append(f"not {backend}: {error.found}. {error.action}")
         except EngineMismatchError as error:
+            _LOG.info("not %s: %s", backend, error)
             if backend == "cpu" and reasons:  # the better backend's reason is the one to mend
                 raise EngineMismatchError(
                     expected=error.expected, found=f"{error.found}; {reasons[0]}", action=error.action

@@ -6,6 +6,7 @@ checked at each load and sha256 on the first one. Knows nothing of sessions, ima
 
 from __future__ import annotations
 
+import logging
 import stat
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import msgspec
 from paliedge.bundle.digests import digest_key, read_known_digests, sha256_from_file, write_known_digests
 from paliedge.bundle.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, Manifest, Target, manifest_digest
 from paliedge.errors import BundleError, EngineMismatchError
+
+_LOG = logging.getLogger(__name__)
 
 
 class Bundle:
@@ -128,7 +131,10 @@ class Bundle:
             path = self.folder / name
             try:
                 key = digest_key(path)
-                digest = (trust_notes and known.get(key)) or sha256_from_file(path)
+                digest = trust_notes and known.get(key)
+                if not digest:
+                    _LOG.info("reading %s to check its sha256", path)
+                    digest = sha256_from_file(path)
             except OSError as error:
                 raise self._damaged(name, f"no file '{name}' that can be read") from error
             if digest != recorded.sha256:

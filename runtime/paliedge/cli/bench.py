@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.cli.options import Verb, json_option, model_options
 from paliedge.errors import UsageError
 
@@ -24,15 +25,15 @@ _INTERRUPTED = 130
 _SLOWER = 1
 
 
-def _option(flag: str, *others: Any, **rest: Any) -> Callable[[Verb], Verb]:
+def _option(flag: str, *others: str, **rest: Any) -> Callable[[Verb], Verb]:
     """An option with its environment variable, PALIEDGE_BENCH_ and its name."""
     name = flag.split("/")[0].removeprefix("--").replace("-", "_").upper()
-    return click.option(flag, *others, envvar=f"PALIEDGE_BENCH_{name}", show_envvar=True, **rest)
+    return option(flag, *others, group="Measure", envvar=f"PALIEDGE_BENCH_{name}", **rest)
 
 
 def _what(verb: Verb) -> Verb:
     """Options that say what is measured."""
-    for option in (
+    for add_option in (
         _option("--cold-start/--no-cold-start", default=True, help="Measure three fresh processes too."),
         _option("--max-new-tokens", type=click.IntRange(1), help="Of an answer; 32 unless given."),
         _option("--runs", type=click.IntRange(1), help="So many queries a scenario instead."),
@@ -56,13 +57,13 @@ def _what(verb: Verb) -> Verb:
         ),
         _option("--prompt", help="What to ask, in the model's own words; the bundle's stored prompts unless given."),
     ):
-        verb = option(verb)
+        verb = add_option(verb)
     return verb
 
 
 def _where(verb: Verb) -> Verb:
     """Options that say where figures go, and what they are held against."""
-    for option in (
+    for add_option in (
         _option(
             "--threshold",
             type=click.FloatRange(0),
@@ -89,11 +90,15 @@ def _where(verb: Verb) -> Verb:
             help="FILE.json keeps everything; .csv, .md and .jsonl the statistics.",
         ),
     ):
-        verb = option(verb)
+        verb = add_option(verb)
     return json_option("Print the record, or the comparison, as JSON.")(verb)
 
 
-@click.command()
+@command(
+    "paliedge bench -m bundle",
+    "paliedge bench photos/ -m bundle --scenario offline --batch 1,4 -o run.json",
+    "paliedge bench --compare before.json after.json",
+)
 @click.argument("source", required=False)
 @_what
 @_where

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -16,25 +17,21 @@ if TYPE_CHECKING:
 _MEGABYTE = 1 << 20
 
 
-@click.command()
+@command("paliedge build bundle", "paliedge build bundle --flavour rtx")
 @click.argument("bundle", type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
-@click.option(
+@option(
     "--flavour",
     type=click.Choice(["tensorrt", "rtx"]),
-    envvar="PALIEDGE_FLAVOUR",
-    show_envvar=True,
     help="TensorRT, or TensorRT for RTX; the first that is installed unless given.",
+    group="Engine",
 )
-@click.option(
+@option(
     "--workspace",
     type=click.IntRange(1),
-    envvar="PALIEDGE_WORKSPACE",
-    show_envvar=True,
     help="Megabytes that a kernel may use for itself; 1024, or more for large pictures, unless given.",
+    group="Engine",
 )
-@click.option(
-    "--force", is_flag=True, envvar="PALIEDGE_FORCE", show_envvar=True, help="Build even if such an engine is there."
-)
+@option("--force", is_flag=True, help="Build even if such an engine is there.", group="Output")
 @json_option("The engine as JSON.")
 def build(bundle: Path, flavour: Flavour | None, workspace: int | None, force: bool, as_json: bool) -> None:
     """Build BUNDLE's TensorRT engines for this machine and add them to it.

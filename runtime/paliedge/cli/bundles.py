@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.cli.options import backend_options, bundle_argument, json_option, load_model, model_options
 from paliedge.cli.output import print_answer, save_picture
 
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 DEMO_SCENES = Path(__file__).parents[1] / "scenes"
 
 
-@click.command()
+@command("paliedge info bundle", "paliedge info bundle --precision-report")
 @bundle_argument
-@click.option(
+@option(
     "--precision-report",
     is_flag=True,
-    envvar="PALIEDGE_PRECISION_REPORT",
-    show_envvar=True,
     help="What the export's comparison measured: layers, answers, and the sensitivity ranking if there is one.",
+    group="Output",
 )
 @json_option("The answer as JSON.")
 def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
@@ -127,14 +127,13 @@ def _print_precision_report(bundle: Bundle, *, as_json: bool) -> None:
         click.echo(f"  {linear.error:.2e}  {linear.name} in {linear.bits} bits alone{kept}")
 
 
-@click.command()
+@command("paliedge verify bundle", "paliedge verify bundle --run")
 @bundle_argument
-@click.option(
+@option(
     "--run",
     is_flag=True,
-    envvar="PALIEDGE_RUN",
-    show_envvar=True,
     help="Also compare with and without a CUDA graph, and decode a thousand tokens to see that memory stays.",
+    group="What",
 )
 @backend_options
 @json_option("The answer as JSON.")
@@ -186,16 +185,15 @@ def _print_run(checked: RunReport) -> None:
     )
 
 
-@click.command()
+@command("paliedge demo", "paliedge demo -m bundle --save pictures")
 @model_options
-@click.option(
+@option(
     "--save",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo_output"),
     show_default=True,
-    envvar="PALIEDGE_SAVE",
-    show_envvar=True,
     help="Folder for annotated pictures.",
+    group="Output",
 )
 @json_option("Answers as JSON lines.")
 def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool) -> None:

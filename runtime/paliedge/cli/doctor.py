@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from paliedge.cli.help import command
 from paliedge.cli.options import json_option
 
 _MARKS = {"ok": "ok", "note": "--", "problem": "!!"}
 
 
-@click.command()
+@command("paliedge doctor", "paliedge doctor bundle --json > report.json")
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
 @json_option("The findings as JSON, to go with a report.")
 @click.pass_context

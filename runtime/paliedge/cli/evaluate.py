@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.cli.options import Verb, json_option, load_model, model_options
 from paliedge.cli.output import SOME_FAILED
 
@@ -22,64 +23,56 @@ if TYPE_CHECKING:
 
 def _scope_options(verb: Verb) -> Verb:
     """What is asked, of how much of the data."""
-    for option in (
-        click.option(
-            "--lang",
-            default="en",
-            show_default=True,
-            envvar="PALIEDGE_LANG",
-            show_envvar=True,
-            help="Language code of captions without a prompt.",
+    for add_option in (
+        option(
+            "--lang", default="en", show_default=True, help="Language code of captions without a prompt.", group="What"
         ),
-        click.option(
+        option(
             "--one-by-one",
             is_flag=True,
-            envvar="PALIEDGE_ONE_BY_ONE",
-            show_envvar=True,
             help="Boxes: a prompt for each category; without it one for all.",
+            group="What",
         ),
-        click.option(
+        option(
             "--labels",
             type=click.Choice(["all", "present"]),
             default="all",
             show_default=True,
-            envvar="PALIEDGE_LABELS",
-            show_envvar=True,
             help="Boxes: ask for all categories of the dataset, or for those that the image has.",
+            group="What",
         ),
-        click.option(
-            "--limit", type=click.IntRange(1), envvar="PALIEDGE_LIMIT", show_envvar=True, help="Only the first images."
-        ),
-        click.option(
+        option("--limit", type=click.IntRange(1), help="Only the first images.", group="Source"),
+        option(
             "--task",
             type=click.Choice(["detect", "segment", "caption", "vqa", "ocr"]),
             required=True,
-            envvar="PALIEDGE_TASK",
-            show_envvar=True,
             help="What the data asks for.",
+            group="What",
         ),
     ):
-        verb = option(verb)
+        verb = add_option(verb)
     return verb
 
 
-@click.command("eval")
+@command(
+    "paliedge eval coco/ --task detect -m bundle --limit 100",
+    "paliedge eval invoices.jsonl --task ocr -m bundle",
+    name="eval",
+)
 @click.argument("dataset", type=click.Path(path_type=Path))
 @_scope_options
-@click.option(
+@option(
     "--price-per-hour",
     type=click.FloatRange(0, min_open=True),
-    envvar="PALIEDGE_PRICE_PER_HOUR",
-    show_envvar=True,
     help="What an hour of this machine costs, in any currency.",
+    group="Output",
 )
 @model_options
-@click.option(
+@option(
     "--save",
     type=click.Path(path_type=Path, file_okay=False),
-    envvar="PALIEDGE_SAVE",
-    show_envvar=True,
     help="Folder for report.json, predictions.jsonl and worst.png.",
+    group="Output",
 )
 @json_option("The report as JSON.")
 def evaluate(

@@ -5,6 +5,7 @@ Modules that load a model are imported by the verb that needs them, so that `--h
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,29 @@ from paliedge.cli.output import print_error
 from paliedge.errors import OutputError, PaliEdgeError, UsageError
 
 _INTERRUPTED = 130
+_LOG = logging.getLogger(__name__)
+
+
+def _log_to_stderr(context: click.Context, parameter: click.Parameter, value: int) -> None:
+    """What modules log, from `-v` on what they do, from `-vv` on everything."""
+    if value:
+        logger = logging.getLogger("paliedge")
+        logger.setLevel(logging.INFO if value == 1 else logging.DEBUG)
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+        context.find_root().call_on_close(lambda: logger.removeHandler(handler))  # behind the last error
+
+
+_VERBOSE = click.Option(
+    ["-v", "--verbose"],
+    count=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_log_to_stderr,
+    envvar="PALIEDGE_VERBOSE",
+    help="Say more: what is done, and the cause of an error; twice, everything.",
+)
 
 
 @contextmanager
@@ -38,31 +62,51 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+_SECTIONS = {
+    "Begin": ("demo", "doctor"),
+    "Make a bundle": ("export", "info", "plan", "build", "verify"),
+    "Ask about pictures": ("detect", "segment", "caption", "ask", "question", "ocr", "predict"),
+    "Measure": ("eval", "bench"),
+}
+"""The verbs in the order of a journey; those of other extensions come last."""
+
+
 class _Verbs(click.Group):
     """Knows the verbs of installed extensions; turns errors into three lines and an exit code."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted({*super().list_commands(context), *entry_points(group="paliedge.verbs").names})
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        known = [name for names in _SECTIONS.values() for name in names]
+        there = {*super().list_commands(ctx), *entry_points(group="paliedge.verbs").names}
+        return [*(name for name in known if name in there), *sorted(there - set(known))]
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        command = super().get_command(context, name)
-        if command:
-            return command
-        for extension in entry_points(group="paliedge.verbs", name=name):
-            loaded = extension.load()
-            assert isinstance(loaded, click.Command)
-            return loaded
-        return None
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = super().get_command(ctx, cmd_name)
+        for extension in entry_points(group="paliedge.verbs", name=cmd_name) if command is None else ():
+            command = extension.load()
+        if command and _VERBOSE not in command.params:
+            command.params.append(_VERBOSE)
+        return command
 
-    def invoke(self, context: click.Context) -> object:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        sections = {title: [name for name in listed if name in names] for title, listed in _SECTIONS.items()}
+        sections["Others"] = [name for name in names if not any(name in listed for listed in _SECTIONS.values())]
+        for title, listed in sections.items():
+            commands = ((name, self.get_command(ctx, name)) for name in listed)
+            rows = [(name, command.get_short_help_str(90)) for name, command in commands if command]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> object:
         try:
             with _terminable():
-                return super().invoke(context)
+                return super().invoke(ctx)
         except PaliEdgeError as error:
             print_error(error)
             if not isinstance(error, UsageError):
                 _name_versions()
-            context.exit(error.exit_code)
+            ctx.exit(error.exit_code)
         except BrokenPipeError:
             raise  # click ends quietly
         except OSError as error:
@@ -73,10 +117,10 @@ class _Verbs(click.Group):
                     action="Check free space and permissions.",
                 )
             )
-            context.exit(OutputError.exit_code)
+            ctx.exit(OutputError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            context.exit(_INTERRUPTED)
+            ctx.exit(_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:  # a fault of ours, or of a package that we were never tested with
@@ -97,7 +141,8 @@ def _name_versions() -> None:
 def main() -> None:
     """PaliGemma on edge devices: detect, caption, answer, read text.
 
-    Every option can be set by the environment variable shown beside it.
+    `paliedge VERB --help` has examples.
+
     Exit codes: 0 ok, 1 run-time error, 2 usage, 3 damaged bundle, 4 bundle does not fit this
     machine, 5 unreadable input, 6 some inputs failed, 130 interrupted.
     """

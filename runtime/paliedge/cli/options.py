@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from paliedge.cli.help import option
 from paliedge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ bundle_argument = click.argument("bundle", required=False, type=click.Path(path_
 
 def json_option(help_text: str) -> Callable[[Verb], Verb]:
     """`--json`, which the verb gets as `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, envvar="PALIEDGE_JSON", show_envvar=True, help=help_text)
+    return option("--json", "as_json", is_flag=True, help=help_text, group="Output")
 
 
 def format_options(verb: Verb) -> Verb:
@@ -40,17 +41,16 @@ def format_options(verb: Verb) -> Verb:
             )
         verb(form="jsonl" if as_json else None if form == "text" else form, **rest)
 
-    option = click.option(
+    format_option = option(
         "--format",
         "form",
         type=click.Choice(FORMATS),
         default="text",
         show_default=True,
-        envvar="PALIEDGE_FORMAT",
-        show_envvar=True,
         help="How answers are written; yolo and labelme make a file a picture in the folder of --save.",
+        group="Output",
     )
-    return json_option("One JSON object a picture; short for --format jsonl.")(option(collect))  # type: ignore[return-value]
+    return json_option("One JSON object a picture; short for --format jsonl.")(format_option(collect))  # type: ignore[return-value]
 
 
 def frame_options(verb: Verb) -> Verb:
@@ -62,34 +62,31 @@ def frame_options(verb: Verb) -> Verb:
 
         verb(frames=FrameOptions(every, buffer, reconnect), **rest)
 
-    for option in (
-        click.option(
+    for add_option in (
+        option(
             "--reconnect",
             type=click.IntRange(0),
-            envvar="PALIEDGE_RECONNECT",
-            show_envvar=True,
             help="Attempts in a row to reach a lost live source, 1, 2 ... 30 seconds apart; without end unless given.",
+            group="Source",
         ),
-        click.option(
+        option(
             "--buffer",
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            envvar="PALIEDGE_BUFFER",
-            show_envvar=True,
             help="How many frames of a live source may wait for the model; when more come, the oldest go.",
+            group="Source",
         ),
-        click.option(
+        option(
             "--every",
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            envvar="PALIEDGE_EVERY",
-            show_envvar=True,
             help="Take one in so many frames of a video or live source.",
+            group="Source",
         ),
     ):
-        collect = option(collect)
+        collect = add_option(collect)
     return collect  # type: ignore[return-value]  # click has put its options on it
 
 
@@ -104,62 +101,56 @@ def backend_options(verb: Verb) -> Verb:
 
         verb(options=BackendOptions(backend, on_mismatch, threads, cuda_graph, sequential), **rest)
 
-    for option in (
-        click.option(
+    for add_option in (
+        option(
             "--backend",
             type=click.Choice(["auto", "tensorrt", "rtx", "onnxruntime", "cuda", "cpu"]),
             default="auto",
             show_default=True,
-            envvar="PALIEDGE_BACKEND",
-            show_envvar=True,
             help="What runs the model; auto takes the first that works, onnxruntime its CUDA or else its CPU provider.",
+            group="Engine",
         ),
-        click.option(
+        option(
             "--on-mismatch",
             type=click.Choice(["error", "rebuild", "fallback"]),
             default="error",
             show_default=True,
-            envvar="PALIEDGE_ON_MISMATCH",
-            show_envvar=True,
             help="If the bundle's engines are for another TensorRT or GPU; fallback is ONNX Runtime.",
+            group="Engine",
         ),
-        click.option(
+        option(
             "--sequential",
             is_flag=True,
-            envvar="PALIEDGE_SEQUENTIAL",
-            show_envvar=True,
             help="Keep one TensorRT engine in memory at a time; see `paliedge plan`.",
+            group="Engine",
         ),
-        click.option(
+        option(
             "--cuda-graph/--no-cuda-graph",
             default=True,
-            envvar="PALIEDGE_CUDA_GRAPH",
-            show_envvar=True,
             help="Replay each decode step as one CUDA graph.",
+            group="Engine",
         ),
-        click.option(
+        option(
             "--threads",
             type=click.IntRange(0),
             default=0,
-            envvar="PALIEDGE_THREADS",
-            show_envvar=True,
             help="Threads of ONNX Runtime's operators; 0 takes every core, and one for a model of a few megabytes.",
+            group="Engine",
         ),
     ):
-        collect = option(collect)
+        collect = add_option(collect)
     return collect  # type: ignore[return-value]  # click has put its options on it
 
 
 def model_options(verb: Verb) -> Verb:
     """`-m` and the backend's options."""
-    return click.option(
+    return option(
         "-m",
         "--model",
         "bundle",
         type=click.Path(path_type=Path),
-        envvar="PALIEDGE_MODEL",
-        show_envvar=True,
         help="Bundle folder; without it the shipped shapes model.",
+        group="Engine",
     )(backend_options(verb))
 
 

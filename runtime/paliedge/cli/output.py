@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 SOME_FAILED = 6
+_LOG = logging.getLogger(__name__)
 
 
 def print_answer(source: str, result: Generation, as_json: bool) -> None:
@@ -65,3 +67,4 @@ def print_error(error: PaliEdgeError, source: str | None = None) -> None:
     click.echo(f"error: {source + ': ' if source else ''}expected {error.expected}", err=True)
     click.echo(f"       found {error.found}", err=True)
     click.echo(f"       {error.action}", err=True)
+    _LOG.info("where it comes from:", exc_info=error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.cli.options import bundle_argument, json_option
 from paliedge.planning.devices import DEVICES, TARGET_NAMES
 
@@ -22,32 +23,26 @@ _STROKE = "at the data sheet's rates / at the sustained ones; kernel launches an
 _RESIDENCY = {"both": "both engines", "sequential": "one engine at a time", "none": "no"}
 
 
-@click.command()
+@command("paliedge plan bundle --device orin-nano-8gb", "paliedge plan bundle")
 @bundle_argument
-@click.option(
-    "--device",
-    type=click.Choice(list(DEVICES)),
-    envvar="PALIEDGE_DEVICE",
-    show_envvar=True,
-    help="Plan for this one; without it, one line for each.",
+@option(
+    "--device", type=click.Choice(list(DEVICES)), help="Plan for this one; without it, one line for each.", group="What"
 )
-@click.option(
+@option(
     "--prompt-tokens",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    envvar="PALIEDGE_PROMPT_TOKENS",
-    show_envvar=True,
     help="Length of the text prompt.",
+    group="What",
 )
-@click.option(
+@option(
     "--new-tokens",
     type=click.IntRange(1),
     default=10,
     show_default=True,
-    envvar="PALIEDGE_NEW_TOKENS",
-    show_envvar=True,
     help="Length of the answer; an object takes five or more.",
+    group="What",
 )
 @json_option("The estimates as JSON.")
 def plan(bundle: Path | None, device: str | None, prompt_tokens: int, new_tokens: int, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paliedge.cli.help import command, option
 from paliedge.cli.options import Verb, format_options, frame_options, model_options
 from paliedge.cli.run import answer_all
 
@@ -40,83 +41,73 @@ def _answer_options(verb: Verb) -> Verb:
         verb(generation=generation, **rest)
 
     collected = frame_options(model_options(collect))
-    for option in (
-        click.option(
+    for add_option in (
+        option(
             "--save",
             type=click.Path(path_type=Path, file_okay=False),
-            envvar="PALIEDGE_SAVE",
-            show_envvar=True,
             help="Folder for annotated pictures and videos, or for what --format yolo or labelme writes instead.",
+            group="Output",
         ),
-        click.option(
+        option(
             "--max-new-tokens",
             type=click.IntRange(1),
-            envvar="PALIEDGE_MAX_NEW_TOKENS",
-            show_envvar=True,
             help="Stop after this many tokens; the bundle's limit unless given.",
+            group="What",
         ),
-        click.option(
+        option(
             "--batch",
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            envvar="PALIEDGE_BATCH",
-            show_envvar=True,
             help="Pictures that are decoded together: more a second, each one later. Not for cameras, nor on TensorRT.",
+            group="Engine",
         ),
-        click.option(
+        option(
             "--overlap",
             is_flag=True,
-            envvar="PALIEDGE_OVERLAP",
-            show_envvar=True,
             help="Read and encode the next picture while this one is answered; a camera's frame is then older.",
+            group="Engine",
         ),
     ):
-        collected = option(collected)
+        collected = add_option(collected)
     return format_options(collected)  # type: ignore[return-value]  # click has put its options on it
 
 
-_lang_option = click.option(
-    "--lang", default="en", show_default=True, envvar="PALIEDGE_LANG", show_envvar=True, help="Language code."
-)
+_lang_option = option("--lang", default="en", show_default=True, help="Language code.", group="What")
 
 
 def _box_options(verb: Verb) -> Verb:
     """What verbs have that can answer in boxes."""
-    for option in (
-        click.option(
+    for add_option in (
+        option(
             "--conf",
             type=click.FloatRange(0, 1),
             default=0.0,
-            envvar="PALIEDGE_CONF",
-            show_envvar=True,
             help="Leave out detections whose confidence is lower. It ranks them; it is no probability of being right.",
+            group="What",
         ),
-        click.option(
+        option(
             "--free",
             is_flag=True,
-            envvar="PALIEDGE_FREE",
-            show_envvar=True,
             help="Let the model say whatever it likes; malformed boxes may appear.",
+            group="What",
         ),
     ):
-        verb = option(verb)
+        verb = add_option(verb)
     return verb
 
 
 def _label_options(verb: Verb) -> Verb:
     """What verbs have that are given labels."""
-    verb = click.option("--only-asked", is_flag=True, envvar="PALIEDGE_ONLY_ASKED", hidden=True)(verb)
-    return click.option(
-        "--only-requested",
-        is_flag=True,
-        envvar="PALIEDGE_ONLY_REQUESTED",
-        show_envvar=True,
-        help="No labels but those of LABELS.",
-    )(verb)
+    verb = option("--only-asked", is_flag=True, hidden=True, group="What")(verb)
+    return option("--only-requested", is_flag=True, help="No labels but those of LABELS.", group="What")(verb)
 
 
-@click.command()
+@command(
+    "paliedge detect photo.jpg 'cat ; dog' -m bundle --save found",
+    "paliedge detect /dev/video0 person -m bundle --format jsonl",
+    "paliedge detect photos/ car -m bundle --format coco > cars.json",
+)
 @click.argument("source")
 @click.argument("labels")
 @_label_options
@@ -132,7 +123,7 @@ def detect(source: str, labels: str, **rest: Any) -> None:
     answer_all(source, lambda prompts: prompts.detect(labels), **rest)
 
 
-@click.command()
+@command("paliedge segment photo.jpg 'the left chair' -m bundle --save found")
 @click.argument("source")
 @click.argument("labels")
 @_label_options
@@ -148,17 +139,16 @@ def segment(source: str, labels: str, **rest: Any) -> None:
     answer_all(source, lambda prompts: prompts.segment(labels), **rest)
 
 
-@click.command()
+@command("paliedge caption photo.jpg -m bundle", "paliedge caption video.mp4 --every 30 --lang de -m bundle")
 @click.argument("source")
 @_lang_option
-@click.option(
+@option(
     "--style",
     type=click.Choice(["caption", "cap", "describe"]),
     default="caption",
     show_default=True,
-    envvar="PALIEDGE_STYLE",
-    show_envvar=True,
     help="cap and describe are known to pre-trained checkpoints only: as raw as on the web, and longer.",
+    group="What",
 )
 @_answer_options
 def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
@@ -166,7 +156,7 @@ def caption(source: str, lang: str, style: CaptionStyle, **rest: Any) -> None:
     answer_all(source, lambda prompts: prompts.caption(lang, style), **rest)
 
 
-@click.command()
+@command("paliedge ask photo.jpg 'how many cars are there?' -m bundle")
 @click.argument("source")
 @click.argument("question")
 @_lang_option
@@ -176,7 +166,7 @@ def ask(source: str, question: str, lang: str, **rest: Any) -> None:
     answer_all(source, lambda prompts: prompts.ask(question, lang), **rest)
 
 
-@click.command()
+@command("paliedge question photo.jpg 'two' -m bundle")
 @click.argument("source")
 @click.argument("answer")
 @_lang_option
@@ -186,7 +176,7 @@ def question(source: str, answer: str, lang: str, **rest: Any) -> None:
     answer_all(source, lambda prompts: prompts.question(answer, lang), **rest)
 
 
-@click.command()
+@command("paliedge ocr 'receipts/*.png' -m bundle --format csv > texts.csv")
 @click.argument("source")
 @_answer_options
 def ocr(source: str, **rest: Any) -> None:
@@ -194,7 +184,7 @@ def ocr(source: str, **rest: Any) -> None:
     answer_all(source, lambda prompts: prompts.ocr(), **rest)
 
 
-@click.command()
+@command("paliedge predict photo.jpg 'caption de' -m bundle")
 @click.argument("source")
 @click.argument("prompt")
 @_box_options

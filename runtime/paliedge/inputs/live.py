@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from PIL import Image
 from paliedge.errors import ImageError, PaliEdgeError
 from paliedge.inputs.video import FrameOptions, VideoFrame, lost
 
+_LOG = logging.getLogger(__name__)
 FrameThunk: TypeAlias = "Callable[[], Image.Image] | None"
 """A frame that is turned into a picture only when somebody wants it; None where a source has nothing yet."""
 FrameSource: TypeAlias = "Callable[[], Generator[FrameThunk, None, None]]"
@@ -148,6 +150,7 @@ class LiveFrames:
                 raise error
             delay_s = min(2.0**failures, MAX_DELAY_S)
             failures += 1
+            _LOG.debug("attempt %d failed: %s", failures, error)
             self._report(f"source lost: {error.found}; connecting again in {delay_s:.0f} s")
             self._sleep(delay_s)
 
