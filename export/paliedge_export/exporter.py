@@ -19,10 +19,8 @@ from paliedge.bundle.manifest import Limits, Manifest, Precision, write_manifest
 from paliedge.bundle.precision_report import PRECISION_REPORT, PrecisionReport, TargetReport, write_precision_report
 from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import UsageError
-from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
-from paliedge_export.checkpoint.lora import Adapted
 from paliedge_export.checkpoint.metadata import read_tokens
-from paliedge_export.checkpoint.opening import check_rows, folders_of, open_checkpoint, preprocess_of
+from paliedge_export.checkpoint.opening import check_rows, open_checkpoint
 from paliedge_export.checkpoint.prompts import choose_prompts
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.gate.bfloat16 import emulated
@@ -100,21 +98,22 @@ def export_bundle(
         UsageError: `output` holds something that is no bundle, a target or the model does not take
             the precision, or there is nothing to calibrate with.
     """
-    tensors = open_checkpoint(checkpoint, lora)
-    folder, config = tensors.folder, tensors.config
+    opened = open_checkpoint(checkpoint, lora)
+    folder, config = opened.folder, opened.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
     check_precision(config, targets, chosen)
     check_quantization(chosen, targets, quantization)
     tokens = read_tokens(folder)
-    check_rows(tensors, tokens)
-    samples = find_samples(folders_of(tensors), quantization)
+    check_rows(opened, tokens)
+    samples = find_samples(opened.folders, quantization)
     vocabulary = None
     if quantization.head_vocabulary:
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
     prefix = limits.prefix + max_images * config.vision.num_image_tokens
-    masks_file = mask_decoder or next(filter(None, map(find_mask_decoder, folders_of(tensors))), None)
+    masks_file = mask_decoder or next(filter(None, map(find_mask_decoder, opened.folders)), None)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
+    preprocess = opened.read_preprocess()
     source = ModelSource(
         name=name,
         folder=folder,
@@ -124,10 +123,10 @@ def export_bundle(
         vocabulary=vocabulary,
         mask_decoder=masks,
         prompts=choose_prompts(prompts, name),
-        preprocess=preprocess_of(tensors, letterbox),
+        preprocess=msgspec.structs.replace(preprocess, letterbox=letterbox or preprocess.letterbox),
     )
     with publish_bundle(output) as staging:
-        job = _Job(staging, source, tensors, tuple(dict.fromkeys(targets)), chosen, quantization, report)
+        job = _Job(staging, source, opened, tuple(dict.fromkeys(targets)), chosen, quantization, report)
         return job.run(samples, compare=compare)
 
 
@@ -198,14 +197,13 @@ class _Job:
         Unless it is to `judge`, samples that do nothing else are left out. A quantised bundle's golden is its own, so
         None; so are both where there is no reference.
         """
-        if self.precision == "fp32" and isinstance(self.checkpoint, BigVisionCheckpoint):
+        if self.precision == "fp32" and self.checkpoint.why_no_reference:
             return None, None
         if self.precision == "fp32":
             try:
                 self.report("running transformers to compare with")
                 transformers = Reference(self.source.folder, self.source.preprocess)
-                if isinstance(self.checkpoint, Adapted):
-                    transformers.replace_weights(self.checkpoint, self.checkpoint.changed)
+                transformers.replace_weights(self.checkpoint, self.checkpoint.changed)
             except ModuleNotFoundError:
                 return None, None
             kept = self.source.kept_tokens
@@ -280,9 +278,7 @@ class _Job:
         for name, target in manifest.targets.items():
             files = (target.vision_encoder.file, target.decoder.file)
             if reference is None:
-                missing = "torch is not installed"
-                if isinstance(self.checkpoint, BigVisionCheckpoint):
-                    missing = "transformers reads no .npz"
+                missing = self.checkpoint.why_no_reference or "torch is not installed"
                 not_compared[name] = f"there was nothing to compare with: {missing}"
             elif wrong := find_wrong_sums(manifest, name):
                 not_compared[name] = wrong

@@ -28,6 +28,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from paliedge.bundle.manifest import Preprocess
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import ModelConfig, TextConfig, VisionConfig
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, Array, Checkpoint, Shape, expected_shapes
@@ -48,6 +49,8 @@ class BigVisionCheckpoint(Checkpoint):
         CheckpointError: no archive, an array that is missing or of a shape that fits no PaliGemma.
     """
 
+    why_no_reference = "transformers reads no .npz"
+
     def __init__(self, path: Path) -> None:
         self.folder = path.parent
         self._archive = _Archive(path)
@@ -64,6 +67,10 @@ class BigVisionCheckpoint(Checkpoint):
                 found = ()
             if found != shape:
                 raise self._archive.broken(f"'{array}' of shape {list(stored)}")
+
+    def read_preprocess(self) -> Preprocess:
+        """big_vision's own, which resizes bilinearly; it has no file that says so."""
+        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class Adapted(Checkpoint):
 
     Attributes:
         adapter: its folder.
-        changed: names of the tensors that the adapter changes.
 
     Raises:
         CheckpointError: see `Checkpoint`; no adapter, one of a kind that is not merged here, or one with a
@@ -64,7 +63,11 @@ class Adapted(Checkpoint):
             self._take(key, tensor)
         for name, parts in self._parts.items():
             self._check_parts(name, parts)
-        self.changed = sorted(self._parts.keys() | self._replaced.keys())
+        self.changed: Sequence[str] = sorted(self._parts.keys() | self._replaced.keys())
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.adapter, self.folder]
 
     def __getitem__(self, name: str) -> Array:
         if name in self._replaced:

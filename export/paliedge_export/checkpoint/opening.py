@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
-from paliedge.bundle.manifest import Preprocess, Tokens
+from paliedge.bundle.manifest import Tokens
 from paliedge.errors import CheckpointError, UsageError
 from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.hub import find_checkpoint
 from paliedge_export.checkpoint.lora import Adapted
-from paliedge_export.checkpoint.metadata import read_preprocess
-from paliedge_export.checkpoint.roboflow import Colour, read_letterbox, split_package
+from paliedge_export.checkpoint.roboflow import split_package
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
 
 
@@ -45,29 +42,12 @@ def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
     return Adapted(folder, config, adapter) if adapter else Checkpoint(folder, config)
 
 
-def folders_of(tensors: Checkpoint) -> list[Path]:
-    """Where small files of a checkpoint may lie: the adapter's folder, then the base model's."""
-    return [tensors.adapter, tensors.folder] if isinstance(tensors, Adapted) else [tensors.folder]
-
-
-def preprocess_of(tensors: Checkpoint, letterbox: Colour | None) -> Preprocess:
-    """What the checkpoint's own files say; big_vision has none, and resizes bilinearly.
-
-    A `letterbox` goes before that of Roboflow's package.
-    """
-    if isinstance(tensors, BigVisionCheckpoint):
-        return Preprocess(resample="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), letterbox=letterbox)
-    declared = read_letterbox(folders_of(tensors)[0])
-    preprocess = read_preprocess(tensors.folder, tensors.config.vision.image_size)
-    return msgspec.structs.replace(preprocess, letterbox=letterbox or declared)
-
-
-def check_rows(tensors: Checkpoint, tokens: Tokens) -> None:
+def check_rows(checkpoint: Checkpoint, tokens: Tokens) -> None:
     """Raise a CheckpointError where the tokenizer has more tokens than the table has rows."""
     for name in (EMBED_TOKENS, LM_HEAD):
-        if name in tensors and tensors.shape(name)[0] < tokens.vocab_size:
+        if name in checkpoint and checkpoint.shape(name)[0] < tokens.vocab_size:
             raise CheckpointError(
                 expected=f"a row of '{name}' for each of the tokenizer's {tokens.vocab_size} tokens",
-                found=f"{tensors.shape(name)[0]} rows",
+                found=f"{checkpoint.shape(name)[0]} rows",
                 action="Take tokenizer.json from the checkpoint that yours was trained from.",
             )

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks it for
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from paliedge.bundle.manifest import Preprocess
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import ModelConfig
+from paliedge_export.checkpoint.metadata import read_preprocess
+from paliedge_export.checkpoint.roboflow import read_letterbox
 
 EMBED_TOKENS = "language_model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -102,10 +106,17 @@ class Checkpoint(Mapping[str, Array]):
 
     A file is mapped only while it is read: pages of a map that stays count as this process's memory.
 
+    Attributes:
+        changed: names of the tensors that are not what the files in `folder` say.
+        why_no_reference: why transformers cannot read it; empty where it can.
+
     Raises:
         CheckpointError: no weights, a shard that is missing or damaged, a tensor that is missing,
             left over, of a wrong shape, or no 16- or 32-bit float.
     """
+
+    changed: Sequence[str] = ()
+    why_no_reference = ""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
@@ -114,6 +125,16 @@ class Checkpoint(Mapping[str, Array]):
         for path in _weight_files(folder):
             self._add_file(path)
         self._check(config)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where small files may lie that belong to it, those of an adapter first."""
+        return [self.folder]
+
+    def read_preprocess(self) -> Preprocess:
+        """How its own files say that pictures are brought to the model's size."""
+        preprocess = read_preprocess(self.folder, self.config.vision.image_size)
+        return msgspec.structs.replace(preprocess, letterbox=read_letterbox(self.folders[0]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -14,7 +14,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge.errors import CheckpointError, UsageError
 from paliedge_export.checkpoint.lora import Adapted
-from paliedge_export.checkpoint.opening import open_checkpoint, preprocess_of
+from paliedge_export.checkpoint.opening import open_checkpoint
 from paliedge_export.checkpoint.roboflow import CONFIG, read_letterbox
 from paliedge_export.exporter import export_bundle
 from tests.paths import SHAPES_CHECKPOINT
@@ -66,7 +66,9 @@ def test_a_package_is_exported_as_it_is(package: Path, tmp_path: Path) -> None:
     tensors = open_checkpoint(str(package), None)
     assert isinstance(tensors, Adapted)
     assert len(tensors.changed) == 2 * (tensors.config.text.num_layers + tensors.config.vision.num_layers)
-    assert preprocess_of(tensors, (1, 2, 3)).letterbox == (1, 2, 3)
+    assert tensors.read_preprocess().letterbox == (127, 127, 127)
+    told = export_bundle(str(package), tmp_path / "told", letterbox=(1, 2, 3), compare=False)
+    assert told.preprocess.letterbox == (1, 2, 3)
 
 
 def test_what_lies_beside_the_adapter_is_found(package: Path, tmp_path: Path) -> None:
@@ -85,14 +87,14 @@ def test_a_colour_does_not_hide_what_is_refused(package: Path, tmp_path: Path) -
     shutil.copytree(package, tmp_path / "package")
     write_config(tmp_path / "package", {}, {"static-crop": CROP})
     with pytest.raises(CheckpointError, match="static-crop"):
-        preprocess_of(open_checkpoint(str(tmp_path / "package"), None), (0, 0, 0))
+        export_bundle(str(tmp_path / "package"), tmp_path / "bundle", letterbox=(0, 0, 0), compare=False)
 
 
 def test_the_adapter_of_a_package_takes_no_second_one(package: Path) -> None:
     with pytest.raises(UsageError, match="Leave out --lora"):
         open_checkpoint(str(package), package)
     tensors = open_checkpoint(str(package / "base"), package)
-    assert preprocess_of(tensors, None).letterbox == (127, 127, 127)
+    assert tensors.read_preprocess().letterbox == (127, 127, 127)
 
 
 def test_an_adapter_alone_asks_for_its_base_model(tmp_path: Path) -> None:
