@@ -1,5 +1,6 @@
 """What an export is told, and what is refused before it begins."""
 
+# Tests: tests/export/test_exporter.py and tests/export/test_quantized_export.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

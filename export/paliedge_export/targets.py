@@ -7,6 +7,7 @@
 | jetpack7, rtx | TensorRT 10.15 on, TensorRT for RTX | opset 24: Attention, TensorScatter |
 """
 
+# Tests: tests/export/test_tensorrt_operators.py.
 from __future__ import annotations
 
 from dataclasses import dataclass

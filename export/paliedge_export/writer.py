@@ -1,5 +1,6 @@
 """Write a bundle's files: weights, graphs, tokenizer and manifest. Decides nothing, compares nothing."""
 
+# Tests: tests/export/test_exporter.py.
 from __future__ import annotations
 
 import shutil

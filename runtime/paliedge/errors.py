@@ -3,6 +3,7 @@
 Knows nothing of the command line; `exit_code` is where the two meet.
 """
 
+# Tests: tests/cli/test_predict.py.
 from __future__ import annotations
 
 from typing import ClassVar

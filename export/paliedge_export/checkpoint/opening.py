@@ -1,5 +1,6 @@
 """What is to be exported: the checkpoint in whichever form it comes, checked before anything is written."""
 
+# Tests: tests/export/checkpoint/test_roboflow.py and tests/export/checkpoint/test_big_vision.py.
 from __future__ import annotations
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 A quantised bundle's are its own graphs' answers, and so are those of a bundle without a reference.
 """
 
+# Tests: tests/export/test_exporter.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ Outputs are added to a copy of the graph; nothing of its computation changes. We
 files, mapped, so that the whole model is never held in memory.
 """
 
+# Tests: tests/export/weights/test_activations.py.
 from __future__ import annotations
 
 import os

@@ -3,6 +3,7 @@
 The only module that imports torch and transformers, and only when it is called.
 """
 
+# Tests: tests/test_parity.py.
 from __future__ import annotations
 
 import inspect

@@ -1,5 +1,6 @@
 """A bundle's graphs answer samples, and are watched while they do."""
 
+# Tests: tests/export/weights/test_activations.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence

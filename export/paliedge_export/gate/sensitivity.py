@@ -4,6 +4,7 @@ The others stay in float32, so that the figure is that layer's alone. Layers are
 worst are kept in 16 bits as long as the weights do not outgrow a budget.
 """
 
+# Tests: tests/export/test_quantized_export.py.
 from __future__ import annotations
 
 import dataclasses

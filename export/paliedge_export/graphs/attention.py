@@ -1,5 +1,6 @@
 """The decoder's attention: projections, rotary positions, and scores."""
 
+# Tests: tests/test_parity.py and tests/export/graphs/test_graph_traps.py.
 from __future__ import annotations
 
 import numpy as np

@@ -8,6 +8,7 @@ A weight stored in integers brings its own product with it, by the layout that i
 Knows nothing of PaliGemma.
 """
 
+# Tests: tests/export/graphs/test_graph_traps.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -23,6 +23,7 @@ Rows of a batch may have prefixes of different lengths; what lies behind a row's
 which sees itself and is seen by nothing that counts.
 """
 
+# Tests: tests/test_parity.py and tests/export/graphs/test_graph_traps.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

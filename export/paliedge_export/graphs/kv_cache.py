@@ -1,5 +1,6 @@
 """The decoder's KV cache in the graph: who stores the new rows, and who sees whom."""
 
+# Tests: tests/test_parity.py and tests/export/graphs/test_graph_traps.py.
 from __future__ import annotations
 
 from typing import Protocol

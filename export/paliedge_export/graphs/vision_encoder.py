@@ -4,6 +4,7 @@ image_features [B, N, H] have the scale of the decoder's inputs_embeds: the proj
 is, not divided by sqrt(H) (transformers before 5 divided, because its decoder multiplied again).
 """
 
+# Tests: tests/test_parity.py.
 from __future__ import annotations
 
 import numpy as np

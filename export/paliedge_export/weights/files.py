@@ -13,6 +13,7 @@ that a quantised bundle for both has both.
 | head | int8 [V, H], weight_scale float16 [V] | uint8 [V, H / G, G], float32 [V, H / G] |
 """
 
+# Tests: tests/export/test_quantized_export.py and tests/export/weights/test_integers.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -8,6 +8,7 @@ the tensor that makes the channel is divided: a norm's weight, or the output row
 before. Only a GELU between the two forbids it.
 """
 
+# Tests: tests/export/weights/test_smoothing.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

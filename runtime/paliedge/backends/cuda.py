@@ -4,6 +4,7 @@ Every resource is a context manager that frees itself, and every call is checked
 integers. Knows neither TensorRT nor models.
 """
 
+# Tests: tests/backends/trt/test_memory.py.
 from __future__ import annotations
 
 import ctypes

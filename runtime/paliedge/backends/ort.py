@@ -1,5 +1,6 @@
 """The session on ONNX Runtime, on the CPU or through its CUDA provider. The only module that imports it."""
 
+# Tests: tests/backends/test_arithmetic.py and tests/test_parity.py.
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,6 @@
 """What a loaded model can do, whichever engine runs it: encode an image, prefill, decode."""
 
+# Tests: tests/backends/test_life_cycle.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

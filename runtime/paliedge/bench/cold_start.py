@@ -3,6 +3,7 @@
 Reads one JSON object on standard input, prints one on standard output.
 """
 
+# Tests: tests/cli/test_bench.py.
 from __future__ import annotations
 
 import json

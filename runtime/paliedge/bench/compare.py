@@ -1,5 +1,6 @@
 """Two benchmarks side by side: ratios of medians with their spread, and a verdict for a CI."""
 
+# Tests: tests/bench/test_record.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -3,6 +3,7 @@
 Needs matplotlib: `pip install "paliedge[bench]"`.
 """
 
+# Tests: tests/bench/test_record.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -7,6 +7,7 @@
 | RAPL, in sysfs | Intel and AMD processors, for root | the package's joules |
 """
 
+# Tests: tests/bench/test_conditions.py.
 from __future__ import annotations
 
 import threading

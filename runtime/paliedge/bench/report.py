@@ -1,5 +1,6 @@
 """A record as people and spreadsheets read it: a table, Markdown, CSV, a JSON object a run."""
 
+# Tests: tests/bench/test_record.py.
 from __future__ import annotations
 
 import csv

@@ -3,6 +3,7 @@
 `python -m paliedge.bench.roofs THREADS` prints the CPU's as JSON.
 """
 
+# Tests: tests/bench/test_conditions.py.
 from __future__ import annotations
 
 import os

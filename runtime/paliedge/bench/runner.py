@@ -1,5 +1,6 @@
 """The whole benchmark: load, roofs, scenarios, the exporter's answers, cold starts, and what it rests on."""
 
+# Tests: tests/cli/test_bench.py.
 from __future__ import annotations
 
 import gc

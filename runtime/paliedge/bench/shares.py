@@ -1,5 +1,6 @@
 """What a stage's bytes and operations make of its time: GB/s and FLOP/s, beside the machine's own."""
 
+# Tests: tests/cli/test_bench.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

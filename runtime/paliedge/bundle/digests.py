@@ -1,5 +1,6 @@
 """Digests of files, and the notes in the user's cache of those that were verified."""
 
+# Tests: tests/bundle/test_bundle.py.
 from __future__ import annotations
 
 import hashlib

@@ -3,6 +3,7 @@
 They travel in the bundle, so that any machine can hold its own answers against the exporting one's.
 """
 
+# Tests: tests/export/test_exporter.py and tests/cli/test_bundles.py.
 from __future__ import annotations
 
 from dataclasses import dataclass

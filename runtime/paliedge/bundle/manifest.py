@@ -1,5 +1,6 @@
 """What `bundle.json` holds. These types are its documentation; anything else in it is refused."""
 
+# Tests: tests/bundle/test_bundle.py.
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,6 @@
 """What an export measured, in the bundle's precision_report.json."""
 
+# Tests: tests/export/test_quantized_export.py and tests/cli/test_bundles.py.
 from __future__ import annotations
 
 from itertools import groupby

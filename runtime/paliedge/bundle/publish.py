@@ -1,5 +1,6 @@
 """Put a finished bundle in its place in one step, and engines into a bundle, whatever happens meanwhile."""
 
+# Tests: tests/bundle/test_bundle.py.
 from __future__ import annotations
 
 import ctypes

@@ -3,6 +3,7 @@
 Each option has a twin in the environment, `PALIEDGE_` and its name, which `--help` says once.
 """
 
+# Tests: tests/cli/test_bundles.py.
 from __future__ import annotations
 
 from collections.abc import Callable

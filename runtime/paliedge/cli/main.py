@@ -3,6 +3,7 @@
 Modules that load a model are imported by the verb that needs them, so that `--help` stays fast.
 """
 
+# Tests: tests/cli/test_bundles.py and tests/cli/test_predict.py.
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,6 @@
 """Options that several verbs share. Imports nothing heavy, so that `--help` stays fast."""
 
+# Tests: tests/cli/test_predict.py.
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """What verbs print and save: answers on standard output, everything else on standard error."""
 
+# Tests: tests/cli/test_predict.py.
 from __future__ import annotations
 
 import json

@@ -1,5 +1,6 @@
 """A verb's run over a source: ask about every picture, write each answer, name what failed."""
 
+# Tests: tests/cli/test_predict.py and tests/cli/test_video_verbs.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator

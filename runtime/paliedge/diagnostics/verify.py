@@ -1,5 +1,6 @@
 """Check this machine's answers against those that the exporting machine stored in the bundle."""
 
+# Tests: tests/diagnostics/test_selfcheck.py and tests/cli/test_bundles.py.
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -1,5 +1,6 @@
 """What came of each picture, in plain values, and the loop over them."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

@@ -3,6 +3,7 @@
 Reads no picture; those that are not there are found missing when they are answered.
 """
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 import codecs

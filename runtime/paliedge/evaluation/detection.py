@@ -1,5 +1,6 @@
 """Boxes and masks against COCO's, by pycocotools."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 import contextlib

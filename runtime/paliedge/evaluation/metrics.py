@@ -1,5 +1,6 @@
 """Numbers from texts, times and prices. Knows no models and no files."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 import re

@@ -1,5 +1,6 @@
 """The worst cases of an evaluation on one sheet: what was expected and what was found."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

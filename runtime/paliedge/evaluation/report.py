@@ -1,5 +1,6 @@
 """An evaluation as a table, as JSON, and as the files of a folder."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 import json

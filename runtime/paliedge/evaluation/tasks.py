@@ -1,5 +1,6 @@
 """What can be evaluated, and which packages its metrics need: the extra `eval`, which answering pictures does not."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 from importlib.util import find_spec

@@ -1,5 +1,6 @@
 """Captions, answers and read text against what was expected."""
 
+# Tests: tests/evaluation/test_evaluation.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 Knows no files and no prompts.
 """
 
+# Tests: tests/generation/test_batches.py and tests/generation/test_boxes_in_answers.py.
 from __future__ import annotations
 
 import time

@@ -1,5 +1,6 @@
 """KV caches that wait for the next answer: they are large, and making one takes as long as a few tokens."""
 
+# Tests: tests/generation/test_batches.py and tests/backends/test_life_cycle.py.
 from __future__ import annotations
 
 import threading

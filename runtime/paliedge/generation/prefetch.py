@@ -1,5 +1,6 @@
 """Work on the next item while the last one is being used."""
 
+# Tests: tests/generation/test_batches.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

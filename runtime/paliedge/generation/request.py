@@ -1,5 +1,6 @@
 """What is asked: pictures, a prompt and options, checked and made ready to be decoded."""
 
+# Tests: tests/test_model.py and tests/generation/test_several_images.py.
 from __future__ import annotations
 
 import time

@@ -3,6 +3,7 @@
 `nvvidconv` copies each frame out of the camera's own memory and makes RGBA of it on the way.
 """
 
+# Tests: tests/inputs/test_sources.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator

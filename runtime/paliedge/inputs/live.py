@@ -1,5 +1,6 @@
 """The frames of a live source: the newest, however slow they are taken; a lost source is reached again."""
 
+# Tests: tests/inputs/test_sources.py.
 from __future__ import annotations
 
 import logging

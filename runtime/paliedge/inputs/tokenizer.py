@@ -4,6 +4,7 @@ The image tokens are no ids here: their features stand in front of these. Text a
 tokenised apart, so that a prompt that ends in a newline is not merged into another token.
 """
 
+# Tests: tests/inputs/test_prompt.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

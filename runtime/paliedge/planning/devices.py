@@ -8,6 +8,7 @@ PaliGemma prefix (vision and prefill) at 53 % of the FP16 rate on AGX Orin; 40 %
 are estimates of the same. The other Orins are taken to behave like AGX Orin.
 """
 
+# Tests: tests/planning/test_memory.py.
 from __future__ import annotations
 
 from dataclasses import dataclass

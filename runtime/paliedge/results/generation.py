@@ -1,5 +1,6 @@
 """What the model answers, with the times it took, and the forms in which users want it."""
 
+# Tests: tests/results/test_arrays.py.
 from __future__ import annotations
 
 import io

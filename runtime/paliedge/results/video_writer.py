@@ -1,5 +1,6 @@
 """Annotated pictures as a video, each shown at its own time."""
 
+# Tests: tests/inputs/test_video.py.
 from __future__ import annotations
 
 from fractions import Fraction

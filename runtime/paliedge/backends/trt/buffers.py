@@ -1,5 +1,6 @@
 """The memory that a TensorRT session's steps work on: small tensors, and a KV cache as one block."""
 
+# Tests: tests/backends/trt/test_memory.py.
 from __future__ import annotations
 
 from collections.abc import Sequence

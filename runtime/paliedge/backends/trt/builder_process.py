@@ -5,6 +5,7 @@ own, so that the builder's memory is given back at its end, and its crash is not
 no bundle.
 """
 
+# Tests: tests/backends/trt/test_build.py and test_build_kills.py.
 from __future__ import annotations
 
 import contextlib

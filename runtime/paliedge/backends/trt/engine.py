@@ -1,5 +1,6 @@
 """A plan loaded into TensorRT, and its execution contexts. Knows tensors by name, not what they mean."""
 
+# Tests: tests/backends/trt/test_session.py.
 from __future__ import annotations
 
 import mmap

@@ -4,6 +4,7 @@ The two modules have one API, of the generation that is installed: TensorRT 10.3
 or TensorRT for RTX. Where they differ stands in this file and nowhere else. Knows no bundle.
 """
 
+# Tests: tests/backends/trt/test_build.py.
 from __future__ import annotations
 
 import importlib

@@ -1,5 +1,6 @@
 """Which of a bundle's engines and targets fits this machine's TensorRT and GPU."""
 
+# Tests: tests/backends/trt/test_build.py and tests/backends/test_select.py.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal

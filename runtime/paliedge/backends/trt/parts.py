@@ -1,5 +1,6 @@
 """The loaded engines of a TensorRT session, each with the buffers that are its own."""
 
+# Tests: tests/backends/trt/test_session.py.
 from __future__ import annotations
 
 from contextlib import ExitStack

@@ -1,5 +1,6 @@
 """What an engine is built for: its parts, and the sizes of their inputs."""
 
+# Tests: tests/backends/trt/test_build.py and tests/export/test_tensorrt_rtx.py.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
