@@ -244,3 +244,13 @@ def test_a_small_model_runs_on_one_thread_and_a_large_one_on_every_core(monkeypa
         OrtSession(Bundle(SHIPPED_BUNDLE), num_threads=given).close()
         assert set(seen) == {(expected, small > 1)}
         seen.clear()
+
+
+def test_options_as_keywords_work_for_one_version_more_and_say_the_new_way(model: PaliGemma) -> None:
+    asked: Any = model
+    wanted = model.detect(SCENE.image, [LABEL], GenerationOptions(max_new_tokens=4, only_requested=True))
+    with pytest.warns(DeprecationWarning, match=r"options=GenerationOptions\(max_new_tokens=4, only_requested=True\)"):
+        found = asked.detect(SCENE.image, [LABEL], max_new_tokens=4, only_asked=True)
+    assert found.token_ids == wanted.token_ids
+    with pytest.warns(DeprecationWarning):
+        assert asked.ocr(SCENE.image[..., ::-1], bgr=True).token_ids == model.ocr(SCENE.image).token_ids

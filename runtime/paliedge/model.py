@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -36,7 +38,31 @@ SHIPPED_BUNDLE = Path(__file__).parent / "shapes"
 """A small PaliGemma that knows coloured shapes and printed words."""
 DEFAULT_BACKEND = BackendOptions()
 KeyT = TypeVar("KeyT")
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+_OLD_KEYWORDS = {
+    "max_new_tokens": "max_new_tokens",
+    "free": "free",
+    "only_asked": "only_requested",
+    "location_tokens": "location_tokens",
+    "bgr": "bgr",
+}
 _LOG = logging.getLogger(__name__)
+
+
+def _takes_old_keywords(method: MethodT) -> MethodT:
+    """Options as keywords of their own, as before 0.3, still work in this version; type checkers know them no more."""
+
+    @wraps(method)
+    def call(model: PaliGemma, *arguments: Any, **keywords: Any) -> Any:
+        old = {_OLD_KEYWORDS[name]: keywords.pop(name) for name in list(keywords) if name in _OLD_KEYWORDS}
+        if old:
+            spelt = ", ".join(f"{name}={value!r}" for name, value in old.items())
+            message = f"give options=GenerationOptions({spelt}): keywords of their own go with the next version"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            keywords["options"] = replace(keywords.get("options", DEFAULT_OPTIONS), **old)
+        return method(model, *arguments, **keywords)
+
+    return call  # type: ignore[return-value]
 
 
 class PaliGemma:
@@ -145,6 +171,7 @@ class PaliGemma:
         """
         return self._encode(image, GenerationOptions(bgr=bgr, keep_image=keep_image))
 
+    @_takes_old_keywords
     def generate(self, image: Images, prompt: str | Prompt, options: GenerationOptions = DEFAULT_OPTIONS) -> Generation:
         """Answer a free prompt, greedily.
 
@@ -163,6 +190,7 @@ class PaliGemma:
         """
         return self._answerer.generate(self._request(image, prompt, options))
 
+    @_takes_old_keywords
     def stream(
         self, image: Images, prompt: str | Prompt, options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Iterator[Piece]:
@@ -173,6 +201,7 @@ class PaliGemma:
         """
         return self._answerer.stream(self._request(image, prompt, options))
 
+    @_takes_old_keywords
     def generate_batch(
         self,
         requests: Iterable[tuple[KeyT, Images | PaliEdgeError, str | Prompt]],
@@ -201,6 +230,7 @@ class PaliGemma:
         made = ((key, self._try_request(image, prompt, options)) for key, image, prompt in requests)
         return self._answerer.generate_batch(read_ahead(made) if overlap else made, batch_size)
 
+    @_takes_old_keywords
     def detect(
         self, image: Images, labels: str | Sequence[str], options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Generation:
@@ -211,6 +241,7 @@ class PaliGemma:
         """
         return self.generate(image, self.prompts.detect(labels), options)
 
+    @_takes_old_keywords
     def segment(
         self, image: Images, labels: str | Sequence[str], options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Generation:
@@ -223,6 +254,7 @@ class PaliGemma:
         """
         return self.generate(image, self.prompts.segment(labels), options)
 
+    @_takes_old_keywords
     def caption(
         self,
         image: Images,
@@ -237,18 +269,21 @@ class PaliGemma:
         """
         return self.generate(image, self.prompts.caption(lang, style), options)
 
+    @_takes_old_keywords
     def ask(
         self, image: Images, question: str, lang: str = "en", options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Generation:
         """Answer a question about the image."""
         return self.generate(image, self.prompts.ask(question, lang), options)
 
+    @_takes_old_keywords
     def question(
         self, image: Images, answer: str, lang: str = "en", options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Generation:
         """Ask the question about the image that has this answer; a task of pre-trained checkpoints."""
         return self.generate(image, self.prompts.question(answer, lang), options)
 
+    @_takes_old_keywords
     def ocr(self, image: Images, options: GenerationOptions = DEFAULT_OPTIONS) -> Generation:
         """Read the text in the image."""
         return self.generate(image, self.prompts.ocr(), options)
