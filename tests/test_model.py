@@ -252,5 +252,5 @@ def test_options_as_keywords_work_for_one_version_more_and_say_the_new_way(model
     with pytest.warns(DeprecationWarning, match=r"options=GenerationOptions\(max_new_tokens=4, only_requested=True\)"):
         found = asked.detect(SCENE.image, [LABEL], max_new_tokens=4, only_asked=True)
     assert found.token_ids == wanted.token_ids
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="bgr=True"):
         assert asked.ocr(SCENE.image[..., ::-1], bgr=True).token_ids == model.ocr(SCENE.image).token_ids
