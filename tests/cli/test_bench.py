@@ -140,7 +140,7 @@ def test_progress_is_shown_before_the_first_whole_batch(capsys: pytest.CaptureFi
 
 
 def test_other_answers_than_the_exporters_are_told_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paliedge.diagnostics.verify._until", lambda eos, tokens: [1, 2, 3])
+    monkeypatch.setattr("paliedge.diagnostics.verify._until", lambda ends, tokens: [1, 2, 3])
     result = run("--runs", 3, "--scenario", "single-stream", "--no-cold-start", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["accuracy"]["num_equal"] == 0

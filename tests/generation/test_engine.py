@@ -118,7 +118,7 @@ def engine_on(
     session: ScriptedSession, cache: ScriptedCache | None = None, num_rows: int = 1
 ) -> GenerationEngine[ScriptedCache]:
     checked: Session[ScriptedCache, FloatArray] = session
-    return GenerationEngine(checked, cache or ScriptedCache(), embed, eos=EOS, num_rows=num_rows)
+    return GenerationEngine(checked, cache or ScriptedCache(), embed, end_ids={EOS}, num_rows=num_rows)
 
 
 def run(engine: GenerationEngine[ScriptedCache]) -> Iterator[NewTokens]:

@@ -17,53 +17,6 @@ _NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
 _RESAMPLE: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
 
 
-def read_tokens(folder: Path) -> Tokens:
-    """Token ids from `folder`/tokenizer.json, never from config.json, whose image token may be wrong.
-
-    Raises:
-        CheckpointError: no tokenizer.json, or a tokenizer without PaliGemma's tokens.
-    """
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception for whatever is wrong with the file
-        raise CheckpointError(
-            expected=f"PaliGemma's tokenizer.json in {folder}",
-            found="no such file" if not path.is_file() else f"a file that does not load ({error})",
-            action="Take tokenizer.json from the checkpoint that yours was trained from.",
-        ) from error
-    locations = [f"<loc{index:04d}>" for index in range(_NUM_LOCATIONS)]
-    segmentations = [f"<seg{index:03d}>" for index in range(_NUM_SEGMENTATIONS)]
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    names = ("<bos>", "<eos>", "<pad>", "<image>", *locations, *segmentations)
-    ids = {name: vocabulary.get(name, -1) for name in names}
-    newline = tokenizer.encode("\n", add_special_tokens=False).ids
-    absent = [name for name, index in ids.items() if index < 0]
-    in_order = all(
-        ids[name] == ids[group[0]] + place for group in (locations, segmentations) for place, name in enumerate(group)
-    )
-    if absent or len(newline) != 1 or not in_order:
-        some = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
-        raise CheckpointError(
-            expected="a tokenizer with 1024 location, 128 segmentation and image tokens and a newline token",
-            found=f"none of {some}" if absent else "other ids than PaliGemma's order gives",
-            action="This is a plain Gemma tokenizer; take tokenizer.json from a PaliGemma checkpoint.",
-        )
-    highest = max(index for name, index in vocabulary.items() if name != "<image>")
-    return Tokens(
-        bos=ids["<bos>"],
-        eos=ids["<eos>"],
-        pad=ids["<pad>"],
-        image=ids["<image>"],
-        newline=newline[0],
-        first_location=ids[locations[0]],
-        num_locations=_NUM_LOCATIONS,
-        first_segmentation=ids[segmentations[0]],
-        num_segmentations=_NUM_SEGMENTATIONS,
-        vocab_size=highest + 1,
-    )
-
-
 def read_preprocess(folder: Path, image_size: int) -> Preprocess:
     """Resampling, mean and deviation from preprocessor_config.json or processor_config.json.
 

@@ -137,7 +137,7 @@ class Runner:
             scores.append(float(seen["log_prob"][0]))
             if LAST_HIDDEN in seen:
                 hidden.append(seen[LAST_HIDDEN][0])
-            if not lead and tokens[-1] == self._tokens.eos:
+            if not lead and tokens[-1] in self._tokens.end_ids:
                 break
         return TeacherForcedAnswer(tokens, scores, np.array(hidden, np.float32))
 

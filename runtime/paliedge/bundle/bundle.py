@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from paliedge.bundle.digests import digest_key, read_known_digests, sha256_from_file, write_known_digests
-from paliedge.bundle.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, Manifest, Target, manifest_digest
+from paliedge.bundle.manifest import FORMAT_VERSION, ITEMSIZE, MANIFEST, Manifest, Target, content_digest
 from paliedge.errors import BundleError, EngineMismatchError
 
 _LOG = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
             action="Make one with `paliedge export CHECKPOINT -o BUNDLE`, or correct the path.",
         ) from error
     try:
+        _check_format(path, content)
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # ValidationError is a DecodeError
         raise BundleError(
@@ -170,9 +171,24 @@ def read_manifest(folder: Path) -> Manifest:
             found=f"{error}",
             action="Export the checkpoint again with this version of paliedge.",
         ) from error
-    if manifest.sha256 != manifest_digest(manifest):
+    if manifest.sha256 != content_digest(content):
         raise _damaged(folder, f"'{MANIFEST}' with other content than was exported")
     return manifest
+
+
+class _Format(msgspec.Struct):
+    format_version: int
+
+
+def _check_format(path: Path, content: bytes) -> None:
+    """A BundleError for a format that is newer than this paliedge."""
+    version = msgspec.json.decode(content, type=_Format).format_version
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            expected=f"{path} in format {FORMAT_VERSION} or an older one",
+            found=f"format {version}, of a newer paliedge",
+            action="Run `pip install --upgrade paliedge`, or export the checkpoint again with this one.",
+        )
 
 
 def _damaged(folder: Path, found: str) -> BundleError:

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Format 1, of paliedge before 0.3, lacks the optional sections and is read as it is."""
 MANIFEST = "bundle.json"
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
@@ -20,6 +21,7 @@ Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Flavour = Literal["tensorrt", "rtx"]
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 """Bytes of a tensor's element."""
 CODES_PER_MASK = 16
@@ -79,20 +81,24 @@ class Model(_Strict, frozen=True):
 
 
 class Preprocess(_Strict, frozen=True):
-    """Resize to the square by `resample`, then (value / 255 - mean) / std, channels first.
+    """Resize to the square by `resample`, then (value * rescale_factor - mean) / std, channels first.
 
     With `letterbox` the picture keeps its proportions, in the middle of a square of that colour (red, green,
     blue); without it it is squashed, as PaliGemma itself was trained.
     """
 
-    resample: Literal["bicubic", "bilinear"]
+    resample: Resample
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     letterbox: tuple[Byte, Byte, Byte] | None = None
+    rescale_factor: float = 1 / 255
 
 
 class Tokens(_Strict, frozen=True):
-    """Token ids. Ids from `vocab_size` on are no tokens and are never generated."""
+    """Token ids. Ids from `vocab_size` on are no tokens and are never generated.
+
+    Each of `ends` ends an answer; `eos`, which is one of them, is what a constraint lets an answer end with.
+    """
 
     bos: TokenId
     eos: TokenId
@@ -104,6 +110,12 @@ class Tokens(_Strict, frozen=True):
     first_segmentation: TokenId
     num_segmentations: Count
     vocab_size: Count
+    ends: tuple[TokenId, ...] = ()
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every id that ends an answer."""
+        return frozenset(self.ends or (self.eos,))
 
 
 class Prompts(_Strict, frozen=True):
@@ -289,14 +301,31 @@ class Comparison(_Strict, frozen=True):
         )
 
 
+class Reference(_Strict, frozen=True):
+    """Who else read the checkpoint, by means of its own, and what came out.
+
+    Attributes:
+        name: such as "transformers 5.24.0"; empty where nobody did.
+        compared: what was held against it, in a line.
+        not_compared: why nothing was, or not all; empty where all was.
+    """
+
+    name: str = ""
+    compared: str = ""
+    not_compared: str = ""
+
+
 class Manifest(_Strict, frozen=True):
     """The content of `bundle.json`; `sha256` is of the same JSON, compact, with this field empty.
 
     Each target has an entry in `comparisons` or, with the reason, in `not_compared`. `calibration` holds
     the statistics that a quantised bundle was made with, `precision_report` the comparisons in detail.
+
+    Sections from `reference` on came with format 2 and are optional: who the export was held against, the layer
+    lists of engines, a signature of this file, and adapters, each a name and its file.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     producer: Producer
     model: Model
     preprocess: Preprocess
@@ -314,6 +343,10 @@ class Manifest(_Strict, frozen=True):
     calibration: FileName | None
     precision_report: FileName | None
     files: dict[FileName, File]
+    reference: Reference | None = None
+    layer_lists: dict[str, FileName] = {}
+    signature: FileName | None = None
+    adapters: dict[str, FileName] = {}
     sha256: Sha256 | Literal[""] = ""
 
 
@@ -332,4 +365,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 def manifest_digest(manifest: Manifest) -> str:
     """sha256 of the manifest, compact and with an empty `sha256`."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, sha256=""))).hexdigest()
+    return content_digest(msgspec.json.encode(manifest))
+
+
+def content_digest(content: bytes) -> str:
+    """The digest that `bundle.json` of this content should have, of whatever format it is."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.json.decode(content) | {"sha256": ""})).hexdigest()

@@ -3,6 +3,9 @@
 # Tests: tests/diagnostics/test_selfcheck.py and tests/cli/test_bundles.py.
 from __future__ import annotations
 
+from collections.abc import Container
+from itertools import takewhile
+
 from typing import NamedTuple
 
 from paliedge.bundle.bundle import Bundle
@@ -35,7 +38,7 @@ def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> G
     if golden is None:
         return None
     num_answers = num_equal = num_ties = 0
-    eos = bundle.manifest.tokens.eos
+    ends = bundle.manifest.tokens.end_ids
     tie = max([_TIE, *(2 * found.log_prob_error for found in bundle.manifest.comparisons.values())])
     for image_index, image in enumerate(golden.images):
         encoded = model.encode(image)
@@ -44,25 +47,26 @@ def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> G
             scores = golden.log_probs[image_index, prompt_index].tolist()
             answer = model.generate(encoded, prompt, options=GenerationOptions(max_new_tokens=len(expected), free=True))
             num_answers += 1
-            if _until(eos, expected) == list(answer.token_ids):
+            if _until(ends, expected) == list(answer.token_ids):
                 num_equal += 1
-            elif _is_tie(expected, scores, answer, eos, tie):
+            elif _is_tie(expected, scores, answer, ends, tie):
                 num_ties += 1
             elif strict:
                 raise BundleError(
                     expected=f"the answer to '{prompt}' that was exported with the bundle",
-                    found=f"tokens {list(answer.token_ids)} instead of {_until(eos, expected)}",
+                    found=f"tokens {list(answer.token_ids)} instead of {_until(ends, expected)}",
                     action="Report this with `paliedge doctor --json` and `paliedge info`.",
                 )
     return GoldenReport(num_answers, num_equal, num_ties)
 
 
-def _until(eos: int, tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+def _until(ends: Container[int], tokens: list[int]) -> list[int]:
+    """The tokens before the first that ends an answer."""
+    return list(takewhile(lambda token: token not in ends, tokens))
 
 
-def _is_tie(expected: list[int], scores: list[float], answer: Generation, eos: int, tie: float) -> bool:
+def _is_tie(expected: list[int], scores: list[float], answer: Generation, ends: Container[int], tie: float) -> bool:
     """Whether the first different token scored as much as the golden one; an early end scores nothing."""
-    pairs = zip(_until(eos, expected), answer.token_ids, strict=False)
+    pairs = zip(_until(ends, expected), answer.token_ids, strict=False)
     first = next((place for place, (wanted, found) in enumerate(pairs) if wanted != found), None)
     return first is not None and abs(answer.log_probs[first] - scores[first]) <= tie

@@ -100,7 +100,7 @@ class Answerer:
                     yield from answer.take(new)
 
     def _engine(self, cache: Any, num_rows: int) -> GenerationEngine[Any]:
-        return GenerationEngine(self._session, cache, self._embed, eos=self._tokens.eos, num_rows=num_rows)
+        return GenerationEngine(self._session, cache, self._embed, end_ids=self._tokens.end_ids, num_rows=num_rows)
 
     def _begin(self, request: Request) -> _Answer:
         return _Answer(request, self._tokens, self._tokenizer, self._add_masks)

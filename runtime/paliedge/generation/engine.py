@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Generic, NamedTuple
@@ -51,7 +51,7 @@ class GenerationEngine(Generic[CacheT]):
         session: what runs the graphs.
         cache: with `num_rows` rows.
         embed: token ids -> their embeddings [S, H].
-        eos: the token that ends an answer.
+        end_ids: the tokens that end an answer.
         num_rows: requests that are decoded together.
     """
 
@@ -61,13 +61,13 @@ class GenerationEngine(Generic[CacheT]):
         cache: CacheT,
         embed: Callable[[Sequence[int]], FloatArray],
         *,
-        eos: int,
+        end_ids: Container[int],
         num_rows: int = 1,
     ) -> None:
         self._session = session
         self._cache = cache
         self._embed = embed
-        self._eos = eos
+        self._end_ids = end_ids
         self._num_rows = num_rows
         self._ids = count()
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -132,7 +132,7 @@ class GenerationEngine(Generic[CacheT]):
         row.token_id = token.token_id
         row.num_left -= 1
         reason: FinishReason | None = None
-        if token.token_id == self._eos:
+        if token.token_id in self._end_ids:
             reason = "stop"
         elif row.num_left == 0:
             reason = "length"

@@ -15,7 +15,6 @@ from paliedge.bundle.manifest import Preprocess
 ContentBox = tuple[float, float, float, float]
 """The part of the model's square that a picture fills: x1, y1, x2, y2 from 0 to 1."""
 WHOLE: ContentBox = (0.0, 0.0, 1.0, 1.0)
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class Preprocessor:
@@ -27,9 +26,9 @@ class Preprocessor:
 
     def __init__(self, preprocess: Preprocess, image_size: int) -> None:
         self._size_wh = (image_size, image_size)
-        self._resampling = _RESAMPLING[preprocess.resample]
+        self._resampling = Image.Resampling[preprocess.resample.upper()]
         self._letterbox = preprocess.letterbox
-        unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)[:, None]
+        unit = (np.arange(256, dtype=np.float64) * preprocess.rescale_factor).astype(np.float32)[:, None]
         mean, std = (np.array(values, np.float32) for values in (preprocess.mean, preprocess.std))
         self._table = np.ascontiguousarray(((unit - mean) / std).T)
 

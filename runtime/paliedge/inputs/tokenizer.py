@@ -22,8 +22,9 @@ MAX_PROMPT_CHARACTERS = 100_000
 class PromptTokenizer:
     """The bundle's tokenizer.
 
-    In a prompt `<loc0000>` ... `<loc1023>` and `<seg000>` ... `<seg127>` stand for their tokens;
-    `<image>`, `<bos>`, `<eos>` and `<pad>` are plain text.
+    In a prompt `<loc0000>` ... `<loc1023>` and `<seg000>` ... `<seg127>` stand for their tokens, and so does every
+    token that a fine-tune has added. `<image>`, `<bos>`, `<eos>` and `<pad>`, the only ones that the exporter leaves
+    marked as special, are plain text. A truncation or a padding that training left in the file does not act.
     """
 
     def __init__(self, path: Path, tokens: Tokens) -> None:
@@ -99,5 +100,7 @@ class PromptTokenizer:
             raise BundleError(
                 expected=f"a tokenizer in {self._path}", found=f"{error}", action="Export the bundle again."
             ) from error
-        tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = True  # as text: image, bos, eos and pad are not for users to say
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         return tokenizer

@@ -1,0 +1,179 @@
+"""The tokenizer as a fine-tune saved it, made ready for a bundle.
+
+What training leaves in tokenizer.json and what does not belong to a prompt is taken out: truncation and padding. Tokens
+that only the files beside it name are added, as transformers adds them. Of all special tokens only those that users
+must not say stay special.
+"""
+
+# Tests: tests/export/checkpoint/test_tokenizer.py.
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from paliedge.bundle.manifest import Tokens
+from paliedge.errors import CheckpointError
+
+FILE = "tokenizer.json"
+HELD_BACK = ("<image>", "<bos>", "<eos>", "<pad>")
+"""What the runtime puts into prompts itself; in a user's text it is text."""
+_SENTENCEPIECE, _CONFIG, _ADDED, _SPECIAL = (
+    *("tokenizer.model", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
+_NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
+
+
+class PreparedTokenizer(NamedTuple):
+    """A bundle's tokenizer.json, and the ids in it; `notes` say what was changed, for people."""
+
+    content: bytes
+    tokens: Tokens
+    notes: tuple[str, ...]
+
+
+def read_tokenizer(folders: Sequence[Path]) -> PreparedTokenizer:
+    """The tokenizer of the first of `folders` that has one: an adapter's goes before its base model's.
+
+    Ids never come from config.json, whose image token may be wrong.
+
+    Raises:
+        CheckpointError: no tokenizer.json, one without PaliGemma's tokens, or one that does not go with the files
+            beside it.
+    """
+    folder = next((one for one in folders if (one / FILE).is_file()), None)
+    if folder is None:
+        raise _without_file(folders)
+    path = folder / FILE
+    original = path.read_bytes()
+    raw = _read_json(path)
+    notes = [f"{FILE} carries a {name}, which is left out" for name in ("truncation", "padding") if raw.get(name)]
+    changed = raw | {"truncation": None, "padding": None}
+    changed["added_tokens"] = [
+        token | {"special": token["special"] and token["content"] in HELD_BACK} for token in raw.get("added_tokens", [])
+    ]
+    missing = _add_missing(folder, changed)
+    notes += [f"{FILE} lacks {_some(missing)}, which files beside it name: added"] if missing else []
+    content = original if changed == raw else json.dumps(changed, ensure_ascii=False).encode()
+    return PreparedTokenizer(content, _read_tokens(path, content), tuple(notes))
+
+
+def _without_file(folders: Sequence[Path]) -> CheckpointError:
+    sentencepiece = next((one for one in folders if (one / _SENTENCEPIECE).is_file()), None)
+    if sentencepiece:
+        return CheckpointError(
+            expected=f"PaliGemma's {FILE} in {sentencepiece}",
+            found=f"{_SENTENCEPIECE} alone",
+            action="Convert it where transformers and sentencepiece are installed: `python -c \"from transformers import "
+            f"AutoTokenizer as T; T.from_pretrained('{sentencepiece}').save_pretrained('{sentencepiece}')\"`.",
+        )
+    return CheckpointError(
+        expected=f"PaliGemma's {FILE} in {folders[-1]}",
+        found="no such file",
+        action=f"Take {FILE} from the checkpoint that yours was trained from.",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(
+            expected=f"JSON in {path}", found=f"a file that does not load ({error})", action="Copy it again."
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(expected=f"a JSON object in {path}", found="something else", action="Copy it again.")
+    return raw
+
+
+def _add_missing(folder: Path, raw: dict[str, Any]) -> list[str]:
+    """Add the tokens that files beside tokenizer.json name and it lacks, behind its last one; their names."""
+    known = {token["content"] for token in raw.get("added_tokens", [])} | set(_vocabulary_of(raw))
+    missing: list[str] = []
+    for name, wanted in _named_tokens(folder):
+        if name in known:
+            continue
+        index = 1 + max([token["id"] for token in raw["added_tokens"]] + [*_vocabulary_of(raw).values()], default=-1)
+        if wanted is not None and wanted != index:
+            raise CheckpointError(
+                expected=f"the token '{name}' in {folder / FILE}",
+                found=f"it only in a file beside that, as {wanted} where the next free id is {index}",
+                action="Save the tokenizer again with transformers' save_pretrained, and export that.",
+            )
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        raw["added_tokens"].append({"id": index, "content": name, **plain})
+        known.add(name)
+        missing.append(name)
+    return missing
+
+
+def _vocabulary_of(raw: dict[str, Any]) -> dict[str, int]:
+    vocabulary = raw.get("model", {}).get("vocab", {})
+    return vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def _named_tokens(folder: Path) -> Iterator[tuple[str, int | None]]:
+    """Tokens that tokenizer_config.json, or else the older files, name; in the order of their ids where these are known."""
+    config = _read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+    if decoder := config.get("added_tokens_decoder"):
+        for index, token in sorted(decoder.items(), key=lambda item: int(item[0])):
+            yield _content_of(token), int(index)
+    elif (folder / _ADDED).is_file():
+        yield from sorted(_read_json(folder / _ADDED).items(), key=lambda item: int(item[1]))
+    special = _read_json(folder / _SPECIAL) if (folder / _SPECIAL).is_file() else {}
+    for source in (config, special):
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = source.get(name) or []
+            for token in listed.values() if isinstance(listed, dict) else listed:
+                yield _content_of(token), None
+
+
+def _content_of(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _read_tokens(path: Path, content: bytes) -> Tokens:
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # tokenizers raises plain Exception for whatever is wrong with the file
+        raise CheckpointError(
+            expected=f"PaliGemma's {FILE} in {path.parent}",
+            found=f"a file that does not load ({error})",
+            action=f"Take {FILE} from the checkpoint that yours was trained from.",
+        ) from error
+    locations = [f"<loc{index:04d}>" for index in range(_NUM_LOCATIONS)]
+    segmentations = [f"<seg{index:03d}>" for index in range(_NUM_SEGMENTATIONS)]
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    names = (*HELD_BACK, *locations, *segmentations)
+    ids = {name: vocabulary.get(name, -1) for name in names}
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids
+    absent = [name for name, index in ids.items() if index < 0]
+    in_order = all(
+        ids[name] == ids[group[0]] + index for group in (locations, segmentations) for index, name in enumerate(group)
+    )
+    if absent or len(newline) != 1 or not in_order:
+        raise CheckpointError(
+            expected="a tokenizer with 1024 location, 128 segmentation and image tokens and a newline token",
+            found=f"none of {_some(absent)}" if absent else "other ids than PaliGemma's order gives",
+            action=f"This is a plain Gemma tokenizer; take {FILE} from a PaliGemma checkpoint.",
+        )
+    return Tokens(
+        bos=ids["<bos>"],
+        eos=ids["<eos>"],
+        pad=ids["<pad>"],
+        image=ids["<image>"],
+        newline=newline[0],
+        first_location=ids[locations[0]],
+        num_locations=_NUM_LOCATIONS,
+        first_segmentation=ids[segmentations[0]],
+        num_segmentations=_NUM_SEGMENTATIONS,
+        vocab_size=1 + max(index for name, index in vocabulary.items() if name != "<image>"),
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
