@@ -75,7 +75,7 @@ architecture: $(TEST)/ready
 lock: .venv/uv/lock.txt
 	.venv/uv/bin/python locks/lock.py --upgrade
 
-# The README's tables and pictures, from benchmarks/results/*.json.
+# The tables and pictures of docs/precision.md and docs/performance.md, from benchmarks/results/*.json.
 bench-report: $(TEST)/ready
 	$(TEST)/bin/python -m benchmarks.precision_table
 	$(TEST)/bin/python -m benchmarks.bench_report

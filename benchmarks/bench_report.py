@@ -1,8 +1,8 @@
-"""Write the README's performance section and its pictures from the stored results: `make bench-report`.
+"""Write the summary, tables and pictures of docs/performance.md from the stored results: `make bench-report`.
 
     python -m benchmarks.bench_report
 
-What stands between the markers in README.md is made here and nowhere else. Every table names the command that made its
+What stands between the markers of that page is made here and nowhere else. Every table names the command that made its
 figures; a result that is not there is left out, but a table never mixes machines.
 """
 
@@ -10,39 +10,38 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.operator_times import GROUPS
+from benchmarks.pages import DOCS, table, write_part
 from benchmarks.peers.comparisons import compare_engines
 from paliedge.bench.plots import plot
 from paliedge.bench.record import Record, read_record
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- performance, by benchmarks/bench_report.py -->", "<!-- end of performance -->"
+PAGE, SCRIPT = DOCS / "performance.md", "bench_report"
 _SIZES = {
-    "shapes": "The shapes model (1.9 million parameters, 112 pixels)",
-    "mid": "Full width, 6 + 6 layers (224 pixels)",
+    "shapes": "the shapes model (1.9 million parameters, 112 pixels)",
+    "mid": "full width, 6 + 6 layers (224 pixels)",
     "3b": "PaliGemma-3B's size (224 pixels)",
 }
 _STAGES = ("vision", "prefill", "token", "answer")
 
 
-def render() -> str:
-    """All that stands between the markers."""
-    return "\n\n".join(part for make in _PARTS for part in make())
+def render() -> dict[str, str]:
+    """What stands between the markers of each part, by its name."""
+    return {name: "\n\n".join(part for make in makers for part in make()) for name, makers in _PARTS.items()}
 
 
 def main() -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
     shutil.rmtree(RESULTS / "plots", ignore_errors=True)
     for model, records in _by_model().items():
         plot(records, RESULTS / "plots" / model)
-    README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+    for name, content in render().items():
+        write_part(PAGE, name, SCRIPT, content)
 
 
 def _records(pattern: str) -> Iterator[Record]:
@@ -59,34 +58,120 @@ def _by_model() -> dict[str, list[Record]]:
     return found
 
 
+def _summary() -> Iterator[str]:
+    """What a reader wants to know first: how fast, how much memory, against whom."""
+    yield from _our_sizes()
+    yield from _against_whom()
+    yield from _small_model()
+    yield from _predicted()
+
+
+def _our_sizes() -> Iterator[str]:
+    found = _load("peers_3b.json")
+    ours = {name: one for name, one in found.get("engines", {}).items() if one["peer"] == "paliedge"}
+    if not ours:
+        return
+    yield (
+        f"**How fast, how much memory.** A model of PaliGemma-3B's size on {found['num_threads']} cores of an "
+        f"{found['machine']['cpu']}; one picture of 224 pixels, 16 tokens in, 10 out. Its weights are random, so only "
+        "time and memory mean anything. Rows with * are of an earlier run:"
+    )
+    last = max(one["measured"] for one in ours.values())
+    rows = [
+        [
+            name.removeprefix("paliedge ") + ("*" if one["measured"] != last else ""),
+            f"{one['answer']:.2f}",
+            f"{1000 * one['token']:.0f}",
+            f"{one['peak_rss'] / 1e9:.2f}",
+        ]
+        for name, one in sorted(ours.items(), key=lambda item: float(item[1]["answer"]))
+    ]
+    yield table(("precision", "an answer, s", "a token, ms", "peak memory, GB"), rows)
+
+
+def _against_whom() -> Iterator[str]:
+    engines = _load("peers_3b.json").get("engines", {})
+    found = compare_engines(engines)
+    lines = [f"- {peer}: {_ratio(best['answer'])}." for peer, best in found["best_against"].items()]
+    for precision, one in found["classes"].items():
+        best, memory = one["best"]["answer"], one["least_memory"]
+        if best["range"][0] <= 1:
+            lines.append(
+                f"- {'Level' if best['range'][1] >= 1 else 'Behind'} in {precision}: {_ratio(best)}. The smallest "
+                f"peer, {memory['theirs']}, takes {memory['ratio']:.2f} times the memory of {memory['ours']}."
+            )
+    if lines:
+        yield "**Against whom**, whole answers, best against best:"
+        yield "\n".join(lines)
+    rows = [
+        [*pair.split(" / "), *(f"{one[what]['ratio']:.2f}" for what in ("decode", "prefill", "peak_rss"))]
+        for pair, one in _load("peers_decoder_3b.json").get("ratios", {}).items()
+    ]
+    if rows:
+        yield "The decoder alone, theirs over ours; above 1 ours is faster, or smaller:"
+        yield table(("theirs", "ours", "a token", "prefill", "peak memory"), rows)
+
+
+def _small_model() -> Iterator[str]:
+    for record in _records("bench_shapes.json"):
+        yield (
+            f"**The shapes model** (1.9 million parameters) answers in {record.runs[0].latency.p50:.1f} ms, on "
+            f"{_machine(record)}."
+        )
+
+
+def _predicted() -> Iterator[str]:
+    rows = [one for one in _load("jetson_floors.json").get("rows", []) if one["device"].startswith("Jetson")]
+    if rows:
+        yield (
+            "**On a Jetson** nothing was measured. Arithmetic alone predicts, for an answer of the same length at 3B "
+            "(seconds, and GB of memory):"
+        )
+        devices = dict.fromkeys(one["device"] for one in rows)
+        by_place = {(one["device"], one["precision"]): one for one in rows}
+        precisions = ("fp16", "int8", "int4")
+        cells = [
+            [device, *(_prediction(by_place.get((device, precision))) for precision in precisions)]
+            for device in devices
+        ]
+        yield table(("board", *precisions), cells)
+
+
+def _prediction(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return "does not fit"
+    return f"{one['sustained_ms']['answer'] / 1000:.2f} s, {one['memory_bytes'] / 1e9:.1f} GB"
+
+
 def _ours() -> Iterator[str]:
     """`paliedge bench` of each stored record."""
     rows = [row for record in _records("bench_*.json") for row in _bench_rows(record)]
     if not rows:
         return
     yield (
-        "`paliedge bench`, medians (and p90) in milliseconds. The shapes model: `paliedge bench --scenario "
-        "single-stream --scenario multi-stream --scenario offline --batch 1,2,4,8 --fps 30 --duration 8 -o "
-        "benchmarks/results/bench_shapes.json`, and `bench_shapes_int8.json` and `bench_shapes_int4.json` with `-m` a "
-        "bundle of that precision (smallest and largest batch here, the others in the pictures); PaliGemma-3B's size: "
-        '`paliedge bench runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 --scenario single-stream '
-        "--runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`, and `bench_3b_int4.json` with a bundle of "
-        "`--precision int4 --fast-prefill`:"
+        "## Our own benchmark\n\n"
+        "Medians (and p90) in milliseconds. Of several batches the smallest and the largest stand here, the others in "
+        "the pictures. The commands:\n\n"
+        "- The shapes model: `paliedge bench --scenario single-stream --scenario multi-stream --scenario offline "
+        "--batch 1,2,4,8 --fps 30 --duration 8 -o benchmarks/results/bench_shapes.json`. For `bench_shapes_int8.json` "
+        "and `bench_shapes_int4.json` the same with `-m` a bundle of that precision.\n"
+        '- PaliGemma-3B\'s size: `paliedge bench runtime/paliedge/scenes --prompt "caption en" --max-new-tokens 10 '
+        "--scenario single-stream --runs 10 -m BUNDLE -o benchmarks/results/bench_3b_int8.json`. For "
+        "`bench_3b_int4.json` the same with a bundle of `--precision int4 --fast-prefill`."
     )
-    yield _table(_BENCH_HEAD, rows)
-    yield from _warnings("bench_*.json")
-    yield "\n".join(f"![{name}](benchmarks/results/plots/{name}.png)" for name in _drawn())
+    yield table(_BENCH_HEAD, rows)
+    yield "\n".join(f"![{name}](../benchmarks/results/plots/{name}.png)" for name in _drawn())
 
 
-def _warnings(pattern: str) -> Iterator[str]:
+def _warnings() -> Iterator[str]:
     """What `bench` said against its own figures."""
     lines = [
         f"- {_machine(record)}, {record.subject.bundle} {record.subject.precision}: {text}"
+        for pattern in ("bench_*.json", "boards/*.json")
         for record in _records(pattern)
         for text in record.warnings
     ]
-    if lines:
-        yield "What `bench` warned of:\n\n" + "\n".join(lines)
+    yield "\n".join(lines) if lines else "None."
 
 
 _BENCH_HEAD = (
@@ -136,12 +221,13 @@ def _peers() -> Iterator[str]:
         if found:
             last = max(one["measured"] for one in found["engines"].values())
             yield (
-                f"{title}, whole answers of 10 tokens to 16 and an image, seconds, medians of {found['num_rounds']} "
-                "rounds in which the engines took turns (those with * in an earlier run), on "
-                f"{found['machine']['cpu']}; `python -m benchmarks.peers.whole_model {size} --work FOLDER "
+                f"## Whole models: {title}\n\n"
+                f"Whole answers of 10 tokens to 16 and an image, in seconds, on {found['machine']['cpu']}. Medians of "
+                f"{found['num_rounds']} rounds in which the engines took turns; those with * did so in an earlier run. "
+                f"By `python -m benchmarks.peers.whole_model {size} --work FOLDER "
                 f"--threads {found['num_threads']} --rounds {found['num_rounds']}`:"
             )
-            yield _table(
+            yield table(
                 ("engine", "class", *_STAGES, "range of answers", "peak RSS, GB", "off fp32, nats"),
                 [
                     _peer_row(name + ("*" if one["measured"] != last else ""), one, found["agreement"][name])
@@ -197,9 +283,10 @@ def _decoders() -> Iterator[str]:
         found = _load(f"peers_decoder_{size}.json")
         if found:
             yield (
-                f"The decoder alone, {found['layers']} layers, {found['prefix']} tokens in, {found['tokens']} out, no "
-                f"image, on {found['machine']['cpu']}; causal mask in the peers, prefix-LM in ours; "
-                f"`python -m benchmarks.peers.decoder_only {size} --work FOLDER --rounds {found['rounds']}`:"
+                f"## The decoder alone, {found['layers']} layers\n\n"
+                f"{found['prefix']} tokens in, {found['tokens']} out, no image, on {found['machine']['cpu']}. The mask "
+                "is causal in the peers, prefix-LM in ours. By `python -m benchmarks.peers.decoder_only "
+                f"{size} --work FOLDER --rounds {found['rounds']}`:"
             )
             engines = {name: one for name, one in found["engines"].items() if "token" in one}
             head = (
@@ -212,7 +299,7 @@ def _decoders() -> Iterator[str]:
                 "GB/s",
                 "peak RSS, GB",
             )
-            yield _table((*head, "off fp32, nats"), [_decoder_row(name, one) for name, one in engines.items()])
+            yield table((*head, "off fp32, nats"), [_decoder_row(name, one) for name, one in engines.items()])
             lines = [
                 f"- {pair}: decode {_spread(one['decode'])}, prefill {_spread(one['prefill'])}, "
                 f"memory {_spread(one['peak_rss'])}"
@@ -250,9 +337,9 @@ def _scaling() -> Iterator[str]:
             for precision, one in found["precisions"].items()
         )
         yield (
-            f"How cost grows, {found['model']}, on {found['machine']['cpu']}, `python -m benchmarks.scaling --work "
-            f"FOLDER --rounds {found['num_rounds']}`: a decode step behind 90 "
-            f"tokens over one behind 5 takes {steps} times as long; and of vision and prefill together:"
+            f"## How cost grows\n\n{found['model']}, on {found['machine']['cpu']}, by `python -m benchmarks.scaling "
+            f"--work FOLDER --rounds {found['num_rounds']}`. A decode step behind 90 tokens over one behind 5 takes "
+            f"{steps} times as long. Vision and prefill together:"
         )
         rows = [
             [
@@ -267,15 +354,15 @@ def _scaling() -> Iterator[str]:
             for one in both["sizes"]
         ]
         head = ("precision", "pixels", "operations, 10^12", "seconds", "10^9 operations/s", "over what operations say")
-        yield _table(head, rows)
+        yield table(head, rows)
 
 
 def _overlap() -> Iterator[str]:
     found = _load("overlap.json")
     if found:
         yield (
-            f"`--overlap` encodes the next picture while this one is answered, on {found['machine']['cpu']}, "
-            "`python -m benchmarks.overlap BUNDLE ...`:"
+            "## Overlap\n\n`--overlap` encodes the next picture while this one is answered. On "
+            f"{found['machine']['cpu']}, by `python -m benchmarks.overlap BUNDLE ...`:"
         )
         rows = [
             [
@@ -286,15 +373,15 @@ def _overlap() -> Iterator[str]:
             ]
             for one in found["bundles"]
         ]
-        yield _table(("bundle", "a picture, ms", "overlapped, ms", "times as many pictures"), rows)
+        yield table(("bundle", "a picture, ms", "overlapped, ms", "times as many pictures"), rows)
 
 
 def _operators() -> Iterator[str]:
     found = _load("operator_times.json")
     if found:
         yield (
-            "Where the time goes, by ONNX Runtime's profiler, for bundles that miss a target or come near it, on "
-            f"{found['machine']['cpu']}; `python -m benchmarks.operator_times BUNDLE ...`:"
+            "## Where the time goes\n\nBy ONNX Runtime's profiler, for bundles that miss a target or come near it. On "
+            f"{found['machine']['cpu']}, by `python -m benchmarks.operator_times BUNDLE ...`:"
         )
         rows = [
             [
@@ -310,16 +397,17 @@ def _operators() -> Iterator[str]:
             for stage, part in one["stages"].items()
         ]
         head = ("bundle", "pixels, size", "stage", "seconds", "operators", *GROUPS, "most")
-        yield _table(head, rows)
+        yield table(head, rows)
 
 
 def _jetsons() -> Iterator[str]:
     found = _load("jetson_floors.json")
     if found:
         yield (
-            "**Predictions, none of these devices has run it.** Milliseconds of one answer (16 tokens in, 10 out) at "
-            f"{found['model']}, 3B: the floor that a data sheet's bandwidth and operations allow, and at the rates "
-            "that such devices are seen to keep; `python -m benchmarks.jetson_floors BUNDLE`:"
+            "## Jetsons: predictions\n\n**None of these devices has run it.** Milliseconds of one answer (16 tokens "
+            f"in, 10 out) at {found['model']}, 3B. The floor is what a data sheet's bandwidth and operations allow. "
+            "The predictions are at the rates that such devices are seen to keep. By `python -m "
+            "benchmarks.jetson_floors BUNDLE`:"
         )
         rows = [
             [
@@ -334,22 +422,26 @@ def _jetsons() -> Iterator[str]:
             for one in found["rows"]
         ]
         head = ("device", "precision", "floor", "predicted", "predicted first token", "predicted token", "memory, GB")
-        yield _table(head, rows)
+        yield table(head, rows)
 
 
 def _boards() -> Iterator[str]:
     rows = [row for record in _records("boards/*.json") for row in _bench_rows(record)]
     yield (
-        "**Contribute a board's figures:** `paliedge bench -m BUNDLE -o benchmarks/results/boards/NAME.json` on the "
-        "quiet board, in its fastest power mode, and open a pull request with that file alone; `make bench-report` "
-        "takes it into this page." + (" So far:" if rows else " So far there is none.")
+        "## Contribute a board's figures\n\n"
+        "Run `paliedge bench -m BUNDLE -o benchmarks/results/boards/NAME.json` on the quiet board, in its fastest "
+        "power mode. Open a pull request with that file alone. `make bench-report` takes it into this page."
+        + (" So far:" if rows else " So far there is none.")
     )
     if rows:
-        yield _table(_BENCH_HEAD, rows)
-    yield from _warnings("boards/*.json")
+        yield table(_BENCH_HEAD, rows)
 
 
-_PARTS = (_ours, _peers, _decoders, _operators, _scaling, _overlap, _jetsons, _boards)
+_PARTS = {
+    "summary": (_summary,),
+    "tables": (_ours, _peers, _decoders, _operators, _scaling, _overlap, _jetsons, _boards),
+    "warnings": (_warnings,),
+}
 
 
 def _machine(record: Record) -> str:
@@ -363,10 +455,6 @@ def _load(name: str) -> dict[str, Any]:
     path = RESULTS / name
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,27 @@
-"""Write the README's precision tables from the stored results.
+"""Write the tables of docs/precision.md from the stored results.
 
     python -m benchmarks.precision_table
 
-What stands between the markers in README.md is made here and nowhere else.
+What stands between the markers of that page is made here and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import DOCS, table, write_part
+
 RESULTS = Path(__file__).parent / "results"
 _SPEED = "peers_3b.json"
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- precision tables, by benchmarks/precision_table.py -->", "<!-- end of precision tables -->"
+PAGE = DOCS / "precision.md"
+PART, SCRIPT = "precision tables", "precision_table"
 
 
 def _load(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return content
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def quality_table() -> str:
@@ -54,7 +51,7 @@ def quality_table() -> str:
         "OCR, error rate",
         "cosine of last states",
     )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _variant(one: dict[str, Any]) -> str:
@@ -96,7 +93,7 @@ def speed_table() -> str:
         *("engine", "bundle, GB", "vision, s", "prefill, s", "a token, ms", "10 tokens, s", "times faster"),
         *("read a token, GB", "decode, GB/s", "of the machine's", "peak resident, GB"),
     )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def engine_table() -> str:
@@ -115,33 +112,32 @@ def engine_table() -> str:
         for one in found
         if one["part"] == "decoder"
     ]
-    return _table(("decoder engine", "GB", "over fp16's engine", "over its weights"), rows)
+    return table(("decoder engine", "GB", "over fp16's engine", "over its weights"), rows)
 
 
 def render() -> str:
     """All that stands between the markers."""
     return "\n\n".join(
         (
-            "Quality, the shapes model on 500 held-out scenes (`python -m benchmarks.shapes.precisions`). Its decoder "
-            "was trained with weights rounded to 4 bits: int4 may cost other models of its size more, for which there "
-            "is `--sensitivity`. 16 bits in the vision encoder change nothing.",
+            "**Quality.** The shapes model on 500 held-out scenes, by `python -m benchmarks.shapes.precisions`. Its "
+            "decoder was trained with weights rounded to 4 bits. int4 may cost other models of its size more; "
+            "`--sensitivity` is for those. 16 bits in the vision encoder change nothing.",
             quality_table(),
-            "Speed, PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores, medians "
-            "of an interleaved run (`python -m benchmarks.peers.whole_model 3b --work FOLDER`). "
-            '"Times faster" is against transformers\' fastest answer, "of the machine\'s" the share of '
-            f"{_bandwidth() / 1e9:.1f} GB/s, the most that an engine read, or a probe between them (its "
-            "median); engines with * took turns in an earlier run, with its own transformers:",
+            "**Speed.** PaliGemma-3B's size with random weights, 224 pixels, 16 prompt tokens, two shared cores. "
+            "Medians of an interleaved run, by `python -m benchmarks.peers.whole_model 3b --work FOLDER`.\n\n"
+            '- "Times faster" is against transformers\' fastest answer.\n'
+            f'- "Of the machine\'s" is the share of {_bandwidth() / 1e9:.1f} GB/s, the most that an engine read, or a '
+            "probe between them (its median).\n"
+            "- Engines with * took turns in an earlier run, with its own transformers.",
             speed_table(),
-            "Engines of that size, both profiles (`python -m benchmarks.rtx_build`):",
+            "**Engines** of that size, both profiles, by `python -m benchmarks.rtx_build`:",
             engine_table(),
         )
     )
 
 
 def main() -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}")
+    write_part(PAGE, PART, SCRIPT, render())
 
 
 if __name__ == "__main__":

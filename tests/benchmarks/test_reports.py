@@ -1,4 +1,4 @@
-"""What the performance section says is what the results say, and scripts that judge growth can say no."""
+"""What the page on performance says is what the results say, and scripts that judge growth can say no."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_page_holds_every_record_and_says_what_was_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_report, "RESULTS", tmp_path)
-    assert "So far there is none" in bench_report.render()
+    assert "So far there is none" in bench_report.render()["tables"]
     write_record(make_record(), tmp_path / "bench_3b.json")
     write_record(make_record(token=7.0), tmp_path / "boards" / "orin.json")
     engines = {
@@ -105,7 +105,10 @@ def test_the_page_holds_every_record_and_says_what_was_not_measured(
     (tmp_path / "scaling.json").write_text(json.dumps(scaling))
     overlapped = measure(SHIPPED_BUNDLE, make_pictures(4, 64), 0, 1, 4)
     (tmp_path / "overlap.json").write_text(json.dumps(about | {"bundles": [overlapped]}))
-    page = bench_report.render()
+    parts = bench_report.render()
+    assert "| int8 | 1.50 | 1500 | 1.50 |" in parts["summary"]
+    assert parts["warnings"].count(": not quiet") == 2
+    page = parts["tables"]
     assert "int8 1.500 (1.250 to 1.750); fp32 1.500 (1.250 to 1.750) times as long" in page
     assert "| fp32 | 896 | 2.00 | 4.00 | 500 | 1.25 |" in page
     assert f"| {overlapped['speedup']:.2f} (" in page
