@@ -84,7 +84,7 @@ def make_tiny(
     )
     config._attn_implementation = "eager"
     model = PaliGemmaForConditionalGeneration(config).eval()
-    _spread(model, gain)
+    _spread(model, gain, image_token)
     model.to(dtype).save_pretrained(folder)
     write_tokenizer(tokenizer, folder)
     processor = {
@@ -98,12 +98,14 @@ def make_tiny(
     return model.float()
 
 
-def _spread(model: PaliGemmaForConditionalGeneration, gain: float) -> None:
-    """Give every tensor the role it has in a trained model: layers that matter, norms that differ."""
+def _spread(model: PaliGemmaForConditionalGeneration, gain: float, image_token: int) -> None:
+    """Give every tensor the role it has in a trained model: layers that matter, norms that differ, and rows of the
+    table that no training has touched, which are never said."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
                 tensor.normal_(0, 0.02)
+                tensor[image_token:] *= 1e-3
             elif "language_model" in name and "norm" in name:
                 tensor.normal_(0, 0.3)
             elif "layer_norm" in name or "layernorm" in name:

@@ -3,7 +3,6 @@
 # Tests: tests/export/test_exporter.py.
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import onnx
 from paliedge import __version__
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import (
+    FORMAT_VERSION,
     MANIFEST,
     Embedding,
     Graph,
@@ -58,7 +58,8 @@ _TOKENIZER = "tokenizer.json"
 class ModelSource:
     """What is exported: a checkpoint's small files read, and what was asked of the bundle.
 
-    `vocabulary` is that of a reduced head, None for all tokens; `mask_decoder` the tensors of one, if there is one.
+    `tokenizer` is the bundle's tokenizer.json, `vocabulary` that of a reduced head, None for all tokens;
+    `mask_decoder` the tensors of one, if there is one.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ModelSource:
     config: ModelConfig
     tokens: Tokens
     limits: Limits
+    tokenizer: bytes
     vocabulary: HeadVocabulary | None
     mask_decoder: Mapping[str, Array] | None
     prompts: Prompts
@@ -80,7 +82,7 @@ class ModelSource:
     def golden_samples(self) -> list[Sample]:
         """What the golden answers answer: prompts that the head has words for and the limits have room for."""
         prompts = PROMPTS if not self.vocabulary else tuple(f"detect {label}" for label in self.vocabulary.labels[:3])
-        tokenizer = PromptTokenizer(self.folder / _TOKENIZER, self.tokens)
+        tokenizer = PromptTokenizer(self.tokenizer, self.tokens)
         room = self.limits.prefix - self.config.vision.num_image_tokens
         fitting = [prompt for prompt in prompts if len(tokenizer.encode_prefix(prompt)) <= room]
         return builtin_samples(tuple(fitting) or ("ocr",))
@@ -109,13 +111,13 @@ def write_bundle(
     folder: Path, source: ModelSource, stored: StoredByLayout, targets: Sequence[str], encoding: Encoding
 ) -> Manifest:
     """Graphs on the weights that are `stored` in `folder`, tokenizer and manifest."""
-    shutil.copyfile(source.folder / _TOKENIZER, folder / _TOKENIZER)
+    (folder / _TOKENIZER).write_bytes(source.tokenizer)
     tensors_of_first = next(iter(stored.values())).decoder
     table = tensors_of_first[EMBED_TOKENS]
     mask_decoder = _write_mask_decoder(folder, source.mask_decoder) if source.mask_decoder else None
     written = {name: write_target(folder, source, name, stored, encoding) for name in targets}
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         producer=Producer(paliedge=__version__, onnx=onnx.__version__, checkpoint=source.name),
         model=_describe_model(source.config),
         preprocess=source.preprocess,

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.shapes.evaluate import Boxes, ap50, evaluate
 from benchmarks.shapes.scenes import HELD_OUT_SEED, box_example, caption, make_scene
-from paliedge import Detection, EncodedImage, Generation, Mask, PaliGemma, Timings
+from paliedge import Detection, EncodedImage, Generation, GenerationOptions, Mask, PaliGemma, Timings
 from paliedge.bundle.bundle import Bundle
 from paliedge.model import SHIPPED_BUNDLE
 
@@ -60,7 +60,7 @@ class Oracle:
         self._scene = next(scene for scene in self._scenes if np.array_equal(scene.image, cast(Any, image)))
         return EncodedImage(np.zeros((1, 1), np.float32), (112, 112), 1.0, 1.0)
 
-    def detect(self, image: EncodedImage, labels: list[str], *, only_asked: bool = False) -> Generation:
+    def detect(self, image: EncodedImage, labels: list[str], options: GenerationOptions | None = None) -> Generation:
         found = []
         for item in box_example(self._scene, labels).targets:
             x1, y1, x2, y2 = item.box
@@ -123,7 +123,7 @@ def test_wrong_answers_score_nothing(task: str, wrong: str, score: str, monkeypa
     oracle = Oracle()
     right = oracle.detect
 
-    def answer(image: EncodedImage, labels: object = None, *, only_asked: bool = False) -> Generation:
+    def answer(image: EncodedImage, labels: object = None, options: GenerationOptions | None = None) -> Generation:
         if task not in ("detect", "segment"):
             return say(wrong)
         found = right(image, cast(Any, labels))

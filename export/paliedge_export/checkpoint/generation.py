@@ -12,6 +12,7 @@ import msgspec
 
 from paliedge.bundle.manifest import Tokens
 from paliedge.errors import CheckpointError
+from paliedge_export.checkpoint.tokenizer import PreparedTokenizer
 
 FILE = "generation_config.json"
 _CHANGE_GREEDY: Mapping[str, object] = {
@@ -44,14 +45,15 @@ _NAMED = ("max_length", "max_new_tokens", "max_time")
 """Settings that end an answer early; a bundle has limits of its own."""
 
 
-def read_ends(folders: Sequence[Path], tokens: Tokens) -> tuple[Tokens, list[str]]:
-    """`tokens` with every id that ends an answer, and notes on what the file asks for and a bundle does not do.
+def read_ends(folders: Sequence[Path], tokenizer: PreparedTokenizer) -> tuple[Tokens, list[str]]:
+    """The tokenizer's ids with all that end an answer, and notes on what the file asks for and a bundle does not do.
 
     As in transformers generation_config.json decides; without it config.json, and without that the tokenizer.
 
     Raises:
         CheckpointError: a setting that changes greedy answers, or an end that is no token.
     """
+    tokens = tokenizer.tokens
     path = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
     asked = _read(path) if path else _from_config(folders[-1] / "config.json")
     if wrong := [name for name, usual in _CHANGE_GREEDY.items() if _acts(asked.get(name), usual)]:
@@ -72,7 +74,8 @@ def read_ends(folders: Sequence[Path], tokens: Tokens) -> tuple[Tokens, list[str
     if asked.get("do_sample"):
         notes.append(f"{FILE} asks for sampling: a bundle answers greedily")
     eos = tokens.eos if tokens.eos in ends else ends[0]
-    return msgspec.structs.replace(tokens, eos=eos, ends=tuple(sorted(set(ends)))), notes
+    spoken = tuple(sorted(set(ends) - tokenizer.special - {eos}))
+    return msgspec.structs.replace(tokens, eos=eos, ends=tuple(sorted(set(ends))), spoken_ends=spoken), notes
 
 
 def _acts(value: object, usual: object) -> bool:

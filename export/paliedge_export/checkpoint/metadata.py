@@ -1,46 +1,89 @@
-"""What a bundle's manifest takes from a checkpoint's small files: token ids and preprocessing."""
+"""How pictures are brought to the model's size, as the checkpoint's processor files say."""
 
+# Tests: tests/export/checkpoint/test_metadata.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-from tokenizers import Tokenizer
 
-from paliedge.bundle.manifest import Preprocess, Tokens
+from paliedge.bundle.manifest import Preprocess, Resample
 from paliedge.errors import CheckpointError
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
-_RESAMPLE: dict[int, Literal["bicubic", "bilinear"]] = {3: "bicubic", 2: "bilinear"}
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""In the order of transformers; the first one counts if it has a section `image_processor`."""
+_RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""By Pillow's numbers."""
+_SWITCHES: Mapping[str, tuple[bool, bool]] = {
+    "do_resize": (True, False),
+    "do_rescale": (True, True),
+    "do_normalize": (True, True),
+    "do_convert_rgb": (True, True),
+}
+"""What each does unless told, and whether it may be off. All pictures are RGB here, so that nothing is converted."""
+
+
+def describe_switches(preprocess: Preprocess) -> list[str]:
+    """Notes on steps that the processor's file switches off."""
+    notes = []
+    if preprocess.rescale_factor == 1.0:
+        notes.append("the processor's file has do_rescale: false, which is obeyed: pixels stay 0 to 255")
+    if preprocess.mean == (0.0,) * 3 and preprocess.std == (1.0,) * 3:
+        notes.append("the processor's file has do_normalize: false, which is obeyed: mean 0, deviation 1")
+    return notes
 
 
 def read_preprocess(folder: Path, image_size: int) -> Preprocess:
-    """Resampling, mean and deviation from preprocessor_config.json or processor_config.json.
+    """Resampling, scale, mean and deviation, with the defaults of SigLIP's processor.
 
     Raises:
-        CheckpointError: an unreadable file, a size that is not the model's, an unknown resampling.
+        CheckpointError: an unreadable file, a size that is not the model's, or a step that is not done here.
     """
     raw = _read_processor(folder)
-    size = raw.get("size", {"height": image_size, "width": image_size})
-    resample = raw.get("resample", 3)
-    if size != {"height": image_size, "width": image_size} or resample not in (*_RESAMPLE,):
+    square = {"height": image_size, "width": image_size}
+    size, resample = raw.get("size", square), raw.get("resample", 3)
+    if size in (image_size, {"height": image_size, "width": image_size}):
+        size = square
+    if size != square or type(resample) is not int or resample not in _RESAMPLE:
         raise CheckpointError(
-            expected=f"preprocessing to {image_size} x {image_size} pixels, bicubic (3) or bilinear (2)",
-            found=f"size {size} and resample {resample}",
+            expected=f"preprocessing to {image_size} x {image_size} pixels with one of Pillow's filters, 0 to 5",
+            found=f"size {json.dumps(size)} and resample {json.dumps(resample)}",
             action="config.json and preprocessor_config.json must belong together.",
         )
-    mean, std = (raw.get(name, [0.5, 0.5, 0.5]) for name in ("image_mean", "image_std"))
+    on = {name: usual if raw.get(name) is None else bool(raw[name]) for name, (usual, _) in _SWITCHES.items()}
+    wrong = [f"{name}: false" for name, (_, may_be_off) in _SWITCHES.items() if not on[name] and not may_be_off]
+    wrong += [f"{name}: true" for name, value in raw.items() if name.startswith("do_") and value and name not in on]
+    if wrong:
+        raise CheckpointError(
+            expected="a processor that resizes, rescales and normalises pictures, and does nothing else",
+            found=f"{', '.join(wrong)} in the processor's file in {folder}",
+            action="Prepare the pictures so yourself, take the switch out of the file and export again.",
+        )
+    settings = {
+        "resample": _RESAMPLE[resample],
+        "rescale_factor": (raw.get("rescale_factor") or 1 / 255) if on["do_rescale"] else 1.0,
+        "mean": raw.get("image_mean") or [0.5] * 3 if on["do_normalize"] else [0.0] * 3,
+        "std": raw.get("image_std") or [0.5] * 3 if on["do_normalize"] else [1.0] * 3,
+    }
     try:
-        return msgspec.convert({"resample": _RESAMPLE[resample], "mean": mean, "std": std}, Preprocess)
+        return msgspec.convert(_three(settings), Preprocess)
     except msgspec.ValidationError as error:
         raise CheckpointError(
-            expected="image_mean and image_std of three numbers",
+            expected="image_mean and image_std of three numbers, and a number as rescale_factor",
             found=f"{error}",
             action="Take preprocessor_config.json from the checkpoint that yours was trained from.",
         ) from error
+
+
+def _three(settings: dict[str, Any]) -> dict[str, Any]:
+    """One number stands for three channels."""
+    return {
+        name: [value] * 3 if name in ("mean", "std") and isinstance(value, int | float) else value
+        for name, value in settings.items()
+    }
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
@@ -48,8 +91,11 @@ def _read_processor(folder: Path) -> dict[str, Any]:
         path = folder / name
         if path.is_file():
             try:
-                raw = json.loads(path.read_text())
-                return dict(raw.get("image_processor", raw))
+                raw = dict(json.loads(path.read_text()).items())
+                if name != PROCESSOR_FILES[0]:
+                    return raw
+                if "image_processor" in raw:
+                    return dict(raw["image_processor"])
             except (ValueError, AttributeError, TypeError) as error:
                 raise CheckpointError(
                     expected=f"JSON in {path}", found="something else", action="Copy the checkpoint again."

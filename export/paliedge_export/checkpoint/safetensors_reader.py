@@ -127,6 +127,11 @@ class Checkpoint(Mapping[str, Array]):
         self._check(config)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the embedding table."""
+        return self.shape(EMBED_TOKENS)[0]
+
+    @property
     def folders(self) -> list[Path]:
         """Where small files may lie that belong to it, those of an adapter first."""
         return [self.folder]

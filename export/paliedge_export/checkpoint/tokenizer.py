@@ -29,10 +29,18 @@ _NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
 
 
 class PreparedTokenizer(NamedTuple):
-    """A bundle's tokenizer.json, and the ids in it; `notes` say what was changed, for people."""
+    """A bundle's tokenizer.json, and the ids in it.
+
+    Attributes:
+        content: the file.
+        tokens: the ids that a runtime knows.
+        special: every id that the checkpoint's own file marks as special.
+        notes: what was changed, for people.
+    """
 
     content: bytes
     tokens: Tokens
+    special: frozenset[int]
     notes: tuple[str, ...]
 
 
@@ -59,7 +67,8 @@ def read_tokenizer(folders: Sequence[Path]) -> PreparedTokenizer:
     missing = _add_missing(folder, changed)
     notes += [f"{FILE} lacks {_some(missing)}, which files beside it name: added"] if missing else []
     content = original if changed == raw else json.dumps(changed, ensure_ascii=False).encode()
-    return PreparedTokenizer(content, _read_tokens(path, content), tuple(notes))
+    special = frozenset(token["id"] for token in raw.get("added_tokens", []) if token["special"])
+    return PreparedTokenizer(content, _read_tokens(path, content), special, tuple(notes))
 
 
 def _without_file(folders: Sequence[Path]) -> CheckpointError:
@@ -68,8 +77,8 @@ def _without_file(folders: Sequence[Path]) -> CheckpointError:
         return CheckpointError(
             expected=f"PaliGemma's {FILE} in {sentencepiece}",
             found=f"{_SENTENCEPIECE} alone",
-            action="Convert it where transformers and sentencepiece are installed: `python -c \"from transformers import "
-            f"AutoTokenizer as T; T.from_pretrained('{sentencepiece}').save_pretrained('{sentencepiece}')\"`.",
+            action="Convert it where sentencepiece is installed: `from transformers import AutoTokenizer; "
+            f"AutoTokenizer.from_pretrained('{sentencepiece}').save_pretrained('{sentencepiece}')`.",
         )
     return CheckpointError(
         expected=f"PaliGemma's {FILE} in {folders[-1]}",
@@ -117,7 +126,7 @@ def _vocabulary_of(raw: dict[str, Any]) -> dict[str, int]:
 
 
 def _named_tokens(folder: Path) -> Iterator[tuple[str, int | None]]:
-    """Tokens that tokenizer_config.json, or else the older files, name; in the order of their ids where these are known."""
+    """Tokens that tokenizer_config.json or else the older files name, in the order of their ids if these are known."""
     config = _read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if decoder := config.get("added_tokens_decoder"):
         for index, token in sorted(decoder.items(), key=lambda item: int(item[0])):

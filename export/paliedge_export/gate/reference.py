@@ -1,25 +1,32 @@
-"""The model as transformers runs it, in float32: the reference that fp32 graphs are compared with.
+"""The checkpoint as transformers reads it by its own means: tokenizer, image processor, weights, ends of answers.
 
-The only module that imports torch and transformers, and only when it is called.
+An export is held against it, and nothing in it is ours: neither ids nor pixels nor the end of an answer. The only
+module that imports torch, transformers and PEFT, and only when it is called.
 """
 
-# Tests: tests/test_parity.py.
+# Tests: tests/export/gate/test_reference.py and tests/test_parity.py.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from paliedge.backends.session import FloatArray
-from paliedge.bundle.manifest import Preprocess
+from paliedge.bundle.manifest import Preprocess, Tokens
+from paliedge.errors import PrecisionError
 from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
-from paliedge_export.checkpoint.metadata import PROCESSOR_FILES, read_tokens
-from paliedge_export.checkpoint.safetensors_reader import Array, canonical_name
+from paliedge_export.checkpoint.config import ModelConfig
+from paliedge_export.checkpoint.metadata import PROCESSOR_FILES
+from paliedge_export.checkpoint.safetensors_reader import Checkpoint, canonical_name, expected_shapes
+from paliedge_export.checkpoint.tokenizer import FILE as TOKENIZER_FILE
 from paliedge_export.gate.runner import MAX_NEW_TOKENS, ReferenceRun, TeacherForcedAnswer
 from paliedge_export.weights.samples import Sample
 
@@ -27,83 +34,242 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PaliGemmaForConditionalGeneration
 
+_OLDEST = (5, 18)
+_INSTALL = 'pip install "paliedge[reference]"'
+_HEADROOM = 1.3
+"""Memory that the model takes beside its weights, as a factor."""
 
-def load_model(folder: Path) -> PaliGemmaForConditionalGeneration:
-    """A checkpoint's model in float32, with Gemma 2's softcaps whichever transformers is installed.
 
-    Before 5.21 its SDPA attention leaves the scores' softcap out, hence eager attention.
+class NotComparedError(Exception):
+    """Why transformers cannot be asked about a checkpoint, in a line."""
+
+
+def import_transformers() -> Any:
+    """transformers, of a version that reads PaliGemma right.
+
+    Raises:
+        NotComparedError: it or torch is missing, broken or too old.
+    """
+    for name in ("torch", "transformers"):
+        try:
+            module = import_module(name)
+        except ModuleNotFoundError as error:
+            what = f"{name} is not installed" if error.name == name else f"{name} lacks {error.name}"
+            raise NotComparedError(f"{what}; {_INSTALL}") from error
+        except Exception as error:  # a library of another version may raise anything
+            raise NotComparedError(f"{name} cannot be imported ({_first_line(error)}); {_INSTALL}") from error
+    version = str(getattr(module, "__version__", "0"))
+    if tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2]) < _OLDEST:
+        raise NotComparedError(f"transformers {version} is too old to compare with; {_INSTALL}")
+    return module
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _dtype_that_fits(config: ModelConfig) -> str:
+    """float32, or bfloat16 where only that fits into the memory that is free.
+
+    Raises:
+        NotComparedError: neither does.
+    """
+    count = sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
+    count += config.text.hidden_size * 260_000
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    for name, size in (("float32", 4), ("bfloat16", 2)):
+        if count * size * _HEADROOM < free:
+            return name
+    raise NotComparedError(
+        f"the model takes {count * 2 * _HEADROOM / 1e9:.1f} GB in bfloat16, and {free / 1e9:.1f} GB are free"
+    )
+
+
+def load_model(folder: Path, dtype: str = "float32") -> PaliGemmaForConditionalGeneration:
+    """A checkpoint's model, with Gemma 2's softcaps whichever transformers is installed.
+
+    Before 5.21 its SDPA attention leaves the scores' softcap out, hence eager attention. A section about quantisation
+    that merged models keep in config.json does not count: weights of floats are read as they are.
+
+    Raises:
+        NotComparedError: transformers does not find all weights in the folder.
     """
     import torch
-    from transformers import PaliGemmaForConditionalGeneration
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-    model = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    config = PaliGemmaConfig.from_pretrained(folder)
+    for section in (config, config.text_config, config.vision_config):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config
+    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise NotComparedError(f"it finds no {missing[0]} and {len(missing) - 1} others in {folder}")
     assert isinstance(model, PaliGemmaForConditionalGeneration)
-    return model
+    return model.eval()
 
 
 class Reference:
-    """A checkpoint as transformers runs it; the pixels are its own processor's, the prompt's ids are ours.
+    """A checkpoint as transformers reads it.
 
     Its processor knows no letterbox: then it gets the square.
 
+    Args:
+        checkpoint: what is exported; only its folders and, for an adapter that PEFT is not there for, its merged
+            weights are used.
+        preprocess: says whether pictures are letterboxed.
+
+    Attributes:
+        name: who it is.
+        exact: whether it computes in float32.
+        how: what was done that is not transformers' own, for people; empty if nothing was.
+
     Raises:
-        ModuleNotFoundError: torch or transformers is not installed.
+        NotComparedError: it cannot be asked.
     """
 
-    def __init__(self, folder: Path, preprocess: Preprocess) -> None:
-        import transformers
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-        self._name = f"transformers {transformers.__version__}"
-        self._model = load_model(folder)
-        if any((folder / name).is_file() for name in PROCESSOR_FILES):
-            self._processor = SiglipImageProcessorPil.from_pretrained(folder)
-        else:
-            size = self._model.config.vision_config.image_size
-            self._processor = SiglipImageProcessorPil(
-                size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-            )
+    def __init__(self, checkpoint: Checkpoint, preprocess: Preprocess) -> None:
+        if checkpoint.why_no_reference:
+            raise NotComparedError(checkpoint.why_no_reference)
+        transformers = import_transformers()
+        dtype = _dtype_that_fits(checkpoint.config)
+        self.name = f"transformers {transformers.__version__}"
+        self.exact = dtype == "float32"
+        self.how = "" if self.exact else "in bfloat16, since float32 does not fit into memory"
+        try:
+            self._model = load_model(checkpoint.folder, dtype)
+            self._take_adapters(checkpoint)
+            self._processor = self._load_processor(checkpoint.folder)
+            folder = next(one for one in checkpoint.folders if (one / TOKENIZER_FILE).is_file())
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except NotComparedError:
+            raise
+        except Exception as error:  # whatever transformers makes of somebody's folder
+            raise NotComparedError(f"{self.name} does not read it ({_first_line(error)})") from error
         size = self._model.config.vision_config.image_size
         self._fit = Preprocessor(preprocess, size).fit if preprocess.letterbox else None
-        self._tokens = read_tokens(folder)
-        self._tokenizer = PromptTokenizer(folder / "tokenizer.json", self._tokens)
+        self._image_token = self._tokenizer.convert_tokens_to_ids("<image>")
 
-    def replace_weights(self, tensors: Mapping[str, Array], names: Sequence[str]) -> None:
-        """Put the tensors called `names` in the place of the model's own."""
+    def _load_processor(self, folder: Path) -> Any:
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        if any((folder / name).is_file() for name in PROCESSOR_FILES):
+            return SiglipImageProcessorPil.from_pretrained(folder)
+        size = self._model.config.vision_config.image_size
+        return SiglipImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    def _take_adapters(self, checkpoint: Checkpoint) -> None:
+        """By PEFT where it is installed and can, else the weights as they are merged here."""
+        if not checkpoint.changed:
+            return
+        try:
+            from peft import PeftModel
+
+            (adapter,) = checkpoint.folders[:-1]
+            rows = checkpoint.num_rows
+            if rows != self._model.get_input_embeddings().weight.shape[0]:
+                self._model.resize_token_embeddings(rows, mean_resizing=False)
+            merged = PeftModel.from_pretrained(self._model, str(adapter)).merge_and_unload()
+            self._model = merged.eval()
+        except Exception:  # no PEFT, several adapters, or a kind that it does not load
+            self.how = "; ".join(filter(None, [self.how, "with the adapter merged here"]))
+            self._model = load_model(checkpoint.folder, "float32" if self.exact else "bfloat16")
+            self._replace_weights(checkpoint)
+
+    def _replace_weights(self, checkpoint: Checkpoint) -> None:
         import torch
 
+        rows = checkpoint.num_rows
+        if rows != self._model.get_input_embeddings().weight.shape[0]:
+            self._model.resize_token_embeddings(rows, mean_resizing=False)
         state = {canonical_name(name): value for name, value in self._model.state_dict().items()}
-        for name in names:
-            state[name].copy_(torch.from_numpy(np.asarray(tensors[name], np.float32)))
+        for name in checkpoint.changed:
+            state[name].copy_(torch.from_numpy(np.asarray(checkpoint[name], np.float32)))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Where `generate` ends an answer."""
+        ends = self._model.generation_config.eos_token_id
+        if ends is None:
+            return frozenset()
+        return frozenset(ends if isinstance(ends, list) else [ends])
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What stands behind the image tokens, as its processor writes it."""
+        text = f"{self._tokenizer.bos_token}{prompt}\n"
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def pixel_values(self, picture: Image.Image) -> FloatArray:
+        """[1, 3, S, S], of any type of numbers."""
+        picture = self._fit(picture) if self._fit else picture
+        pixels: FloatArray = np.asarray(self._processor([picture], return_tensors="np").pixel_values)
+        return pixels
+
+    def check_reading(
+        self, samples: Sequence[Sample], tokenizer: PromptTokenizer, tokens: Tokens, preprocess: Preprocessor
+    ) -> None:
+        """Hold prompts, pixels and ends against those of the bundle, bit for bit.
+
+        Raises:
+            PrecisionError: they differ: what is exported is not what the checkpoint's folder says.
+        """
+        for sample in samples:
+            for prompt in sample.prompts:
+                theirs, ours = self.prompt_ids(prompt), tokenizer.encode_prefix(prompt)
+                if theirs != ours:
+                    raise self._differs(f"the prompt '{prompt[:60]}' as tokens {theirs[:12]}", f"{ours[:12]}")
+            wanted, made = self.pixel_values(sample.image), preprocess(sample.image)
+            if wanted.shape != made.shape or not np.array_equal(wanted.astype(np.float32), made):
+                off = "another shape" if wanted.shape != made.shape else f"{np.abs(wanted - made).max():.3g} off"
+                raise self._differs("pixel_values as its image processor makes them", off)
+        if self.end_ids and self.end_ids != tokens.end_ids:
+            raise self._differs(f"answers that end at {sorted(self.end_ids)}", f"ends at {sorted(tokens.end_ids)}")
+
+    def _differs(self, expected: str, found: str) -> PrecisionError:
+        return PrecisionError(
+            expected=f"{expected}, by {self.name}",
+            found=f"{found} in the bundle",
+            action="Nothing was published. Report this with the checkpoint's small files.",
+        )
 
     def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> ReferenceRun:
         """Answer all prompts greedily, in `kept_tokens` alone if they are given."""
         import torch
 
-        found = ReferenceRun(self._name)
+        run = ReferenceRun(self.name)
         for sample in samples:
-            picture = self._fit(sample.image) if self._fit else sample.image
-            pixels = self._processor([picture], return_tensors="pt").pixel_values
+            pixels = torch.from_numpy(np.asarray(self.pixel_values(sample.image), np.float32)).to(self._model.dtype)
             with torch.no_grad():
-                features = self._model.get_image_features(pixels).pooler_output[0].numpy()
-            found.features.append(features)
-            found.answers.append([self._answer(pixels, prompt, kept_tokens) for prompt in sample.prompts])
-        return found
+                features = self._model.get_image_features(pixels).pooler_output[0].float().numpy()
+            run.features.append(features)
+            run.answers.append([self._answer(pixels, prompt, kept_tokens) for prompt in sample.prompts])
+        return run
 
     def _answer(self, pixels: object, prompt: str, kept_tokens: Sequence[int] | None) -> TeacherForcedAnswer:
         tokens, scores, states = [], [], []
-        kept = np.asarray(range(self._tokens.vocab_size) if kept_tokens is None else kept_tokens)
-        steps = reference_steps(
-            self._model, pixels, self._tokenizer.encode_prefix(prompt), self._tokens.image, MAX_NEW_TOKENS, kept
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        names = range(min(rows, len(self._tokenizer)))
+        kept = np.asarray(
+            [index for index in names if index != self._image_token] if kept_tokens is None else kept_tokens
         )
+        steps = reference_steps(self._model, pixels, self.prompt_ids(prompt), self._image_token, MAX_NEW_TOKENS, kept)
         for token, logits, hidden in steps:
             tokens.append(token)
             shifted = logits - logits.max()
             scores.append(float(-np.log(np.exp(shifted).sum())))
             states.append(hidden)
-            if token == self._tokens.eos:
+            if token in self.end_ids:
                 break
         return TeacherForcedAnswer(tokens, scores, np.array(states, np.float32))
 

@@ -41,7 +41,7 @@ class HeadVocabulary(NamedTuple):
 
 
 def choose_head_vocabulary(
-    choice: str, tokenizer_file: Path, tokens: Tokens, samples: SampleFolder | None
+    choice: str, tokenizer_json: bytes, tokens: Tokens, samples: SampleFolder | None
 ) -> HeadVocabulary:
     """The reduced vocabulary for `choice`: a file with one label a line, or "detect".
 
@@ -49,9 +49,9 @@ def choose_head_vocabulary(
         UsageError: no such file, no label in it, or no prompts to take labels from.
     """
     labels = _labels_from_samples(samples) if choice == DETECT else _labels_from_file(Path(choice))
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = Tokenizer.from_buffer(tokenizer_json)
     tokenizer.encode_special_tokens = True
-    ids = {tokens.eos, tokens.newline}
+    ids = {*tokens.end_ids, tokens.newline}
     ids |= set(range(tokens.first_location, tokens.first_location + tokens.num_locations))
     ids |= set(range(tokens.first_segmentation, tokens.first_segmentation + tokens.num_segmentations))
     for text in (*_PUNCTUATION, *_spellings(labels)):

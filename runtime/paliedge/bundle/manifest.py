@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION: Literal[2] = 2
 """What is written. Format 1, of paliedge before 0.3, lacks the optional sections and is read as it is."""
 MANIFEST = "bundle.json"
 
@@ -97,7 +97,8 @@ class Preprocess(_Strict, frozen=True):
 class Tokens(_Strict, frozen=True):
     """Token ids. Ids from `vocab_size` on are no tokens and are never generated.
 
-    Each of `ends` ends an answer; `eos`, which is one of them, is what a constraint lets an answer end with.
+    Each of `ends` ends an answer; `eos`, which is one of them, is what a constraint lets an answer end with. An end
+    that is text, in `spoken_ends`, belongs to the answer; others do not.
     """
 
     bos: TokenId
@@ -111,6 +112,7 @@ class Tokens(_Strict, frozen=True):
     num_segmentations: Count
     vocab_size: Count
     ends: tuple[TokenId, ...] = ()
+    spoken_ends: tuple[TokenId, ...] = ()
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Container
 from itertools import takewhile
-
 from typing import NamedTuple
 
 from paliedge.bundle.bundle import Bundle
@@ -38,7 +37,8 @@ def verify_golden(bundle: Bundle, model: PaliGemma, *, strict: bool = True) -> G
     if golden is None:
         return None
     num_answers = num_equal = num_ties = 0
-    ends = bundle.manifest.tokens.end_ids
+    tokens = bundle.manifest.tokens
+    ends = tokens.end_ids - set(tokens.spoken_ends)
     tie = max([_TIE, *(2 * found.log_prob_error for found in bundle.manifest.comparisons.values())])
     for image_index, image in enumerate(golden.images):
         encoded = model.encode(image)

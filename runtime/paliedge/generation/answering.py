@@ -145,6 +145,7 @@ class _Answer:
         self.request = request
         self.finish_reason: FinishReason | None = None
         image = request.images[0]
+        self._spoken_ends = tokens.spoken_ends
         self._tokenizer = tokenizer
         self._add_masks = add_masks
         self._decode_next = tokenizer.decode_stream()
@@ -161,7 +162,7 @@ class _Answer:
         pieces = []
         for token in new.tokens:
             reason = new.finish_reason if token is new.tokens[-1] else None
-            stopped = reason == "stop"
+            stopped = reason == "stop" and token.token_id not in self._spoken_ends
             found = [] if stopped else self._parser.push(token.token_id, token.log_prob)
             if reason:
                 found = [*found, *self._parser.finish()]
@@ -180,7 +181,8 @@ class _Answer:
         started = time.perf_counter()
         assert self.finish_reason
         generated, request, image = self._generated, self.request, self.request.images[0]
-        kept = generated[:-1] if self.finish_reason == "stop" else generated
+        is_silent = self.finish_reason == "stop" and generated[-1].token_id not in self._spoken_ends
+        kept = generated[:-1] if is_silent else generated
         ids = tuple(token.token_id for token in kept)
         text = self._tokenizer.decode(ids)
         self._parse_s += time.perf_counter() - started

@@ -25,10 +25,14 @@ class PromptTokenizer:
     In a prompt `<loc0000>` ... `<loc1023>` and `<seg000>` ... `<seg127>` stand for their tokens, and so does every
     token that a fine-tune has added. `<image>`, `<bos>`, `<eos>` and `<pad>`, the only ones that the exporter leaves
     marked as special, are plain text. A truncation or a padding that training left in the file does not act.
+
+    Args:
+        source: tokenizer.json, its path or its content.
+        tokens: the bundle's token ids.
     """
 
-    def __init__(self, path: Path, tokens: Tokens) -> None:
-        self._path = path
+    def __init__(self, source: Path | bytes, tokens: Tokens) -> None:
+        self._source = source
         self._tokens = tokens
         self._tokenizer = self._load()
 
@@ -94,11 +98,14 @@ class PromptTokenizer:
         return tokenizer
 
     def _load(self) -> Tokenizer:
+        source = self._source
         try:
-            tokenizer = Tokenizer.from_file(str(self._path))
+            tokenizer = Tokenizer.from_buffer(source) if isinstance(source, bytes) else Tokenizer.from_file(str(source))
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(
-                expected=f"a tokenizer in {self._path}", found=f"{error}", action="Export the bundle again."
+                expected=f"a tokenizer in {source if isinstance(source, Path) else 'the bundle'}",
+                found=f"{error}",
+                action="Export the bundle again.",
             ) from error
         tokenizer.encode_special_tokens = True  # as text: image, bos, eos and pad are not for users to say
         tokenizer.no_truncation()

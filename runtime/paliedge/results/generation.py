@@ -88,7 +88,8 @@ class Generation:
 
     Attributes:
         text: the answer; location tokens are spelled out.
-        token_ids: the generated ids without end-of-sequence.
+        token_ids: the generated ids without end-of-sequence; another end that the checkpoint names and that is text
+            is one of them.
         log_probs: natural logarithm of each token's probability among all tokens.
         detections: the boxes in it, in the model's order; at the token limit the last label may be cut.
         num_malformed: groups of location or segmentation tokens in it that are no box or no mask.

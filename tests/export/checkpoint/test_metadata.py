@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.make_checkpoint import make_tokenizer
 from paliedge.errors import CheckpointError
-from paliedge_export.checkpoint.metadata import read_preprocess, read_tokens
+from paliedge_export.checkpoint.metadata import read_preprocess
+from paliedge_export.checkpoint.tokenizer import read_tokenizer
 from paliedge_export.exporter import export_bundle
 from tests.export.conftest import Tiny
 
@@ -33,7 +34,7 @@ def keep_added(raw: Json, keep: Callable[[str], bool]) -> None:
 
 
 def test_ids_are_those_of_the_tokenizer_that_transformers_loads(paligemma: Tiny) -> None:
-    tokens = read_tokens(paligemma.checkpoint)
+    tokens = read_tokenizer([paligemma.checkpoint]).tokens
     reference = AutoTokenizer.from_pretrained(paligemma.checkpoint)
     wanted = ["<bos>", "<eos>", "<pad>", "<image>", "<loc0000>", "<loc1023>", "<seg000>", "<seg127>"]
     last = (tokens.first_location + tokens.num_locations - 1, tokens.first_segmentation + tokens.num_segmentations - 1)
@@ -51,14 +52,14 @@ def test_ids_are_those_of_the_tokenizer_that_transformers_loads(paligemma: Tiny)
 
 
 def test_the_vocabulary_ends_before_the_image_token_and_padded_rows(paligemma: Tiny) -> None:
-    tokens = read_tokens(paligemma.checkpoint)
+    tokens = read_tokenizer([paligemma.checkpoint]).tokens
     rows = paligemma.model.get_input_embeddings().weight.shape[0]
     assert tokens.vocab_size == tokens.image == tokens.first_segmentation + 128 < rows
 
 
 def test_the_full_size_tokenizer_has_the_ids_of_paligemma(tmp_path: Path) -> None:
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    tokens = read_tokens(tmp_path)
+    tokens = read_tokenizer([tmp_path]).tokens
     assert (tokens.pad, tokens.eos, tokens.bos) == (0, 1, 2)
     assert (tokens.first_location, tokens.first_segmentation, tokens.image) == (256_000, 257_024, 257_152)
     assert tokens.vocab_size == 257_152
@@ -81,7 +82,7 @@ def test_a_plain_gemma_tokenizer_is_refused(paligemma: Tiny, tmp_path: Path) -> 
         paligemma.checkpoint, tmp_path, lambda raw: keep_added(raw, lambda name: name[1:4] not in ("loc", "seg"))
     )
     with pytest.raises(CheckpointError) as caught:
-        read_tokens(tmp_path)
+        read_tokenizer([tmp_path])
     assert "<loc0000>" in caught.value.found
     assert "plain Gemma tokenizer" in caught.value.action
 
@@ -89,7 +90,7 @@ def test_a_plain_gemma_tokenizer_is_refused(paligemma: Tiny, tmp_path: Path) -> 
 def test_a_tokenizer_without_an_image_token_is_refused(paligemma: Tiny, tmp_path: Path) -> None:
     edit_tokenizer(paligemma.checkpoint, tmp_path, lambda raw: keep_added(raw, lambda name: name != "<image>"))
     with pytest.raises(CheckpointError, match="<image>"):
-        read_tokens(tmp_path)
+        read_tokenizer([tmp_path])
 
 
 def test_location_tokens_out_of_order_are_refused(paligemma: Tiny, tmp_path: Path) -> None:
@@ -102,17 +103,17 @@ def test_location_tokens_out_of_order_are_refused(paligemma: Tiny, tmp_path: Pat
     edit_tokenizer(paligemma.checkpoint, tmp_path, edit)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<loc1023>") is not None
     with pytest.raises(CheckpointError, match="other ids"):
-        read_tokens(tmp_path)
+        read_tokenizer([tmp_path])
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [(None, "no such file"), ("{", "does not load"), ("[]", "does not load")]
+    ("content", "found"), [(None, "no such file"), ("{", "does not load"), ("[]", "something else")]
 )
 def test_a_tokenizer_that_cannot_be_read_is_refused(content: str | None, found: str, tmp_path: Path) -> None:
     if content:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=found):
-        read_tokens(tmp_path)
+        read_tokenizer([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,11 @@ def test_preprocessing_without_a_file_is_paligemmas(tmp_path: Path) -> None:
     [
         ({"size": {"height": 448, "width": 448}}, "448"),
         ({"size": {"shortest_edge": 224}}, "shortest_edge"),
-        ({"size": SIZE, "resample": 0}, "resample 0"),
+        ({"size": SIZE, "resample": 6}, "resample 6"),
+        ({"size": SIZE, "resample": "bicubic"}, "bicubic"),
+        ({"do_resize": False}, "do_resize: false"),
+        ({"do_center_crop": True, "crop_size": SIZE}, "do_center_crop: true"),
+        ({"do_pad": True}, "do_pad: true"),
     ],
 )
 def test_preprocessing_that_the_runtime_does_not_do_is_refused(raw: Json, found: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from paliedge.bundle.manifest import Precision
 from paliedge.cli import main
 from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import UsageError
-from paliedge_export.checkpoint.metadata import read_tokens
+from paliedge_export.checkpoint.tokenizer import read_tokenizer
 from paliedge_export.exporter import export_bundle
 from paliedge_export.options import Quantization
 from tests.paths import SHAPES_CHECKPOINT
@@ -66,7 +66,7 @@ def test_the_head_has_only_the_rows_that_such_answers_need(reduced: PaliGemma) -
     manifest = reduced.manifest
     assert manifest.vocabulary is not None
     assert set(manifest.vocabulary.labels) == set(CLASSES)  # what the calibration prompts ask for
-    tokens = read_tokens(SHAPES_CHECKPOINT)
+    tokens = read_tokenizer([SHAPES_CHECKPOINT]).tokens
     fewest = tokens.num_locations + tokens.num_segmentations
     assert fewest < manifest.vocabulary.num_tokens < tokens.vocab_size - 200
     head = next(name for name in manifest.targets["cpu"].decoder.weights if name.startswith("lm_head"))

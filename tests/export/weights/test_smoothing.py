@@ -20,8 +20,9 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge.bundle.manifest import Limits, Precision, Prompts
 from paliedge_export.checkpoint.config import ModelConfig, read_config
-from paliedge_export.checkpoint.metadata import read_preprocess, read_tokens
+from paliedge_export.checkpoint.metadata import read_preprocess
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
+from paliedge_export.checkpoint.tokenizer import read_tokenizer
 from paliedge_export.gate.runner import ReferenceRun, Runner, collect_statistics
 from paliedge_export.weights.activations import InputStatistics, Statistics
 from paliedge_export.weights.files import Encoding, Tensors, quantized_bits
@@ -110,8 +111,9 @@ def answer(
         "loud",
         checkpoint,
         config,
-        read_tokens(checkpoint),
+        read_tokenizer([checkpoint]).tokens,
         limits,
+        read_tokenizer([checkpoint]).content,
         None,
         None,
         Prompts(),
