@@ -96,10 +96,17 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
 )
 @option(
     "--lora",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of a PEFT adapter (LoRA, rsLoRA, DoRA), merged into CHECKPOINT's weights before anything else.",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER[:WEIGHT]",
+    help="A PEFT adapter (LoRA, rsLoRA, DoRA), a folder or a hub id, merged into CHECKPOINT's weights before anything "
+    "else; several are merged in their order.",
     group="Model",
 )
+@option(
+    "--revision", help="Branch, tag or commit of a hub id, such as bfloat16; ID@REVISION is the same.", group="Model"
+)
+@option("--force-base", is_flag=True, help="Merge an adapter that names another base model.", group="Model")
 @option(
     "--mask-decoder",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -157,7 +164,9 @@ def export(
     head_vocab: str | None,
     fast_prefill: bool,
     mask_decoder: Path | None,
-    lora: Path | None,
+    adapters: tuple[str, ...],
+    revision: str | None,
+    force_base: bool,
     prompts: str | None,
     max_prompt_tokens: int,
     max_images: int,
@@ -192,7 +201,9 @@ def export(
             calibrate, None if sensitivity is None else sensitivity / 100, head_vocab, fast_prefill
         ),
         mask_decoder=mask_decoder,
-        lora=lora,
+        adapters=adapters,
+        revision=revision,
+        force_base=force_base,
         prompts=prompts,
         max_images=max_images,
         letterbox=letterbox,

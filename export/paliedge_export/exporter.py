@@ -80,7 +80,9 @@ def export_bundle(
     limits: Limits = DEFAULT_LIMITS,
     quantization: Quantization = DEFAULT_QUANTIZATION,
     mask_decoder: Path | None = None,
-    lora: Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    revision: str | None = None,
+    force_base: bool = False,
     prompts: str | None = None,
     max_images: int = 1,
     letterbox: tuple[int, int, int] | None = None,
@@ -94,8 +96,8 @@ def export_bundle(
     with ONNX Runtime against a reference: transformers for fp32 where torch is installed, the fp32 graphs for
     any other precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
     returns says what was measured, and what was not compared and why. `mask_decoder` names big_vision's
-    vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `lora` is the
-    folder of an adapter that is merged first. `prompts` names one of `PRESETS` or a JSON file of templates;
+    vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `adapters`, `revision` and
+    `force_base` are those of `open_checkpoint`. `prompts` names one of `PRESETS` or a JSON file of templates;
     unless given the checkpoint's name decides. A request may have `max_images` images. With
     `letterbox`, a colour, pictures are not squashed but padded with it; Roboflow's packages say so themselves.
     `report` gets a line a stage.
@@ -106,7 +108,7 @@ def export_bundle(
         UsageError: `output` holds something that is no bundle, a target or the model does not take
             the precision, or there is nothing to calibrate with.
     """
-    opened = open_checkpoint(checkpoint, lora)
+    opened = open_checkpoint(checkpoint, adapters, revision=revision, force_base=force_base, report=report)
     folder, config = opened.folder, opened.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
     check_precision(config, targets, chosen)

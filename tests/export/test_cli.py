@@ -38,7 +38,7 @@ def plain(folder: Path) -> Manifest:
 @pytest.mark.parametrize(
     ("option", "value", "keyword"),
     [
-        ("--lora", "adapter", {"lora": Path("adapter")}),
+        ("--lora", "adapter", {"adapters": ("adapter",)}),
         ("--prompts", "docvqa", {"prompts": "docvqa"}),
         ("--max-images", "3", {"max_images": 3}),
         ("--mask-decoder", "masks.npz", {"mask_decoder": Path("masks.npz")}),

@@ -11,8 +11,10 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors"]
 
 
-def find_checkpoint(checkpoint: str) -> Path:
+def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
     """The folder of `checkpoint`, downloaded into the hub client's cache if it is a repository id.
+
+    A `revision` is a branch, a tag or a commit; it may stand behind the id, as in ID@REVISION.
 
     Raises:
         CheckpointError: neither a folder nor an id, or a repository that is gated, missing or out of reach.
@@ -23,9 +25,11 @@ def find_checkpoint(checkpoint: str) -> Path:
         raise _misspelt(checkpoint) from None
     if checkpoint and folder.is_dir():
         return folder
+    if revision is None and "@" in checkpoint:
+        checkpoint, _, revision = checkpoint.partition("@")
     if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
         raise _misspelt(checkpoint)
-    return _download(checkpoint)
+    return _download(checkpoint, revision)
 
 
 def _misspelt(checkpoint: str) -> CheckpointError:
@@ -36,14 +40,14 @@ def _misspelt(checkpoint: str) -> CheckpointError:
     )
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, revision: str | None) -> Path:
     """Download the repository. The client's errors are not kept as causes: their texts may hold the user's token."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     expected = f"the hub repository {repository}"
     try:
-        return Path(snapshot_download(repository, allow_patterns=_WANTED))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
     except GatedRepoError:  # before its base class RepositoryNotFoundError
         raise CheckpointError(
             expected=expected,

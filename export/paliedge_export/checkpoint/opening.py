@@ -1,8 +1,11 @@
 """What is to be exported: the checkpoint in whichever form it comes, checked before anything is written."""
 
-# Tests: tests/export/checkpoint/test_roboflow.py and tests/export/checkpoint/test_big_vision.py.
+# Tests: tests/export/checkpoint/test_opening.py and tests/export/checkpoint/test_roboflow.py.
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paliedge.bundle.manifest import Tokens
@@ -10,37 +13,120 @@ from paliedge.errors import CheckpointError, UsageError
 from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.hub import find_checkpoint
-from paliedge_export.checkpoint.lora import Adapted
+from paliedge_export.checkpoint.lora import Adapted, Adapter
 from paliedge_export.checkpoint.roboflow import split_package
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
 
+_WEIGHTED = re.compile(r"(.+):([0-9.]+)")
 
-def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
-    """A folder, a hub id, big_vision's .npz or Roboflow's package, with an adapter merged into it if there is one.
+
+def open_checkpoint(
+    checkpoint: str,
+    adapters: Sequence[str | Path] = (),
+    *,
+    revision: str | None = None,
+    force_base: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
+    """A folder, a hub id, big_vision's .npz or Roboflow's package, with adapters merged into it if there are any.
+
+    Args:
+        checkpoint: its folder, file or hub id. An adapter alone brings the base model that it names.
+        adapters: folders or hub ids, each with `:WEIGHT` behind it if only a part is to be merged; in this order.
+        revision: a branch, tag or commit of a hub id.
+        force_base: merge adapters that name another base model.
+        report: gets a line for what is odd and no error.
 
     Raises:
-        CheckpointError: none of them, or one that cannot be read.
-        UsageError: an adapter for an .npz, or a second one.
+        CheckpointError: none of them, or one that cannot be read; an adapter of another base model.
+        UsageError: an adapter for an .npz, or one beside that of a package.
     """
     path = Path(checkpoint)
     if path.suffix == ".npz" and path.is_file():
-        if lora:
+        if adapters:
             raise UsageError(
                 expected="a Hugging Face checkpoint to merge an adapter into",
                 found=f"big_vision's {path.name}",
                 action="Name the checkpoint that the adapter was trained on.",
             )
         return BigVisionCheckpoint(path)
-    folder, adapter = split_package(find_checkpoint(checkpoint))
-    if lora and adapter:
+    folder, packaged = split_package(find_checkpoint(checkpoint, revision))
+    if packaged and adapters:
         raise UsageError(
-            expected=f"one adapter: {adapter} holds one with its base model",
-            found=f"--lora {lora}, too",
+            expected=f"one adapter: {packaged} holds one with its base model",
+            found=f"--lora {adapters[0]}, too",
             action=f"Leave out --lora, or name {folder} as CHECKPOINT.",
         )
-    config = read_config(folder)
-    adapter = lora or adapter
-    return Adapted(folder, config, adapter) if adapter else Checkpoint(folder, config)
+    if packaged is None and not adapters:
+        return Checkpoint(folder, read_config(folder))
+    opened = [Adapter(packaged)] if packaged else [_open_adapter(str(one)) for one in adapters]
+    if packaged and folder == packaged:  # an adapter alone
+        folder, checkpoint = _find_base(opened[0]), opened[0].base
+    for adapter in opened:
+        if not packaged and not force_base:
+            _check_base(adapter, checkpoint, folder)
+        if adapter.changes_nothing:
+            report(f"the adapter {adapter.folder} changes no weight: all its lora_B are zero")
+    return Adapted(folder, read_config(folder), opened)
+
+
+def _open_adapter(name: str) -> Adapter:
+    weight, weighted = 1.0, _WEIGHTED.fullmatch(name)
+    if weighted and not Path(name).exists():
+        try:
+            name, weight = weighted[1], float(weighted[2])
+        except ValueError as error:
+            raise UsageError(
+                expected="ADAPTER:WEIGHT, such as adapter:0.5",
+                found=f"{name}",
+                action="Give a number behind the colon.",
+            ) from error
+    return Adapter(find_checkpoint(name), weight)
+
+
+def _find_base(adapter: Adapter) -> Path:
+    """The base model of an adapter that was given alone."""
+    if not adapter.base:
+        raise CheckpointError(
+            expected=f"a checkpoint in {adapter.folder}",
+            found="an adapter without the model that it was trained on, which it does not name",
+            action=f"Name that model as CHECKPOINT and add --lora {adapter.folder}.",
+        )
+    try:
+        return find_checkpoint(adapter.base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            expected=f"the model '{adapter.base}', on which the adapter in {adapter.folder} was trained",
+            found=error.found,
+            action=f"Run `paliedge export {adapter.base} --lora {adapter.folder} ...` where it is to be had, or name "
+            "another copy of it as CHECKPOINT.",
+        ) from error
+
+
+def _check_base(adapter: Adapter, checkpoint: str, folder: Path) -> None:
+    """Refuse an adapter that names another model than the one at hand; names are all that it tells."""
+    named = adapter.base.rstrip("/")
+    if not named:
+        return
+    there = {checkpoint, str(folder), folder.name, _name_in(folder)}
+    parts = {part for name in there for part in (name.rstrip("/"), name.rstrip("/").rpartition("/")[2])}
+    cached = {part.replace("--", "/").removeprefix("models/") for part in folder.parts}
+    same_place = Path(named).exists() and Path(named).resolve() == folder.resolve()
+    if same_place or named in parts | cached or named.rpartition("/")[2] in parts | cached:
+        return
+    raise CheckpointError(
+        expected=f"the base model of the adapter in {adapter.folder}: {named}",
+        found=f"{checkpoint}",
+        action="Name that model as CHECKPOINT, or add --force-base if this is a copy of it.",
+    )
+
+
+def _name_in(folder: Path) -> str:
+    """What config.json calls the model."""
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("_name_or_path") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def check_rows(checkpoint: Checkpoint, tokens: Tokens) -> None:

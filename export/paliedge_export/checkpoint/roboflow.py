@@ -49,18 +49,11 @@ class _Config(msgspec.Struct):
 def split_package(folder: Path) -> tuple[Path, Path | None]:
     """The checkpoint in `folder`, and the adapter where `folder` holds one with its base model in `base`.
 
-    Raises:
-        CheckpointError: an adapter alone.
+    An adapter alone is both: its base model lies elsewhere.
     """
-    if not (folder / _ADAPTER).is_file():
+    if not (folder / _ADAPTER).is_file() or (folder / "config.json").is_file():
         return folder, None
-    if (folder / _BASE).is_dir():
-        return folder / _BASE, folder
-    raise CheckpointError(
-        expected=f"a checkpoint in {folder}",
-        found="an adapter without the model that it was trained on",
-        action=f"Name that model as CHECKPOINT and add --lora {folder}.",
-    )
+    return (folder / _BASE if (folder / _BASE).is_dir() else folder), folder
 
 
 def read_letterbox(folder: Path) -> Colour | None:

@@ -6,9 +6,8 @@ newest one without its leading `model.`. Knows nothing of graphs.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,50 @@ from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import ModelConfig
 from paliedge_export.checkpoint.metadata import read_preprocess
 from paliedge_export.checkpoint.roboflow import read_letterbox
+from paliedge_export.checkpoint.weight_files import broken, find_weight_files, some
 
 EMBED_TOKENS = "language_model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 _NO_PARAMETER = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 """Buffers that old versions of transformers saved; they are computed, not learned."""
 
+_BETWEEN = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = ("module.", "base_model.model.", "model.")
+"""Taken off where all names have them; `model.` may be transformers' own, which `canonical_name` takes off, too."""
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_QUANTISED = {
+    "bitsandbytes": re.compile(r"\.(absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.bitsandbytes"),
+    "GPTQ": re.compile(r"\.(g_idx)$"),
+    "AWQ or GPTQ": re.compile(r"\.(qweight|qzeros)$"),
+    "compressed-tensors": re.compile(r"\.weight_(packed|shape|zero_point)$"),
+    "fp8 with scales": re.compile(r"\.(weight_scale|weight_scale_inv|input_scale|activation_scale)$"),
+    "quanto": re.compile(r"\.weight\._(data|scale|shift)$"),
+    "torchao": re.compile(r"\._weight_(qdata|scale)$"),
+}
+_LOOKS_LIKE = {
+    "an adapter that was saved unmerged": re.compile(r"\.(lora_[AB]|base_layer|lora_embedding_[AB]|modules_to_save)\b"),
+    "a pi0 policy of lerobot": re.compile(r"paligemma_with_expert\.|^(action_in_proj|state_proj|action_time_mlp_in)\."),
+    "KerasHub's names": re.compile(r"^(layers|_layer_checkpoint_dependencies|backbone)[./]|/"),
+    "GGUF's names": re.compile(r"^(blk|token_embd|output_norm)\."),
+}
+_ACTIONS = {
+    "an adapter that was saved unmerged": "Merge it with PEFT's merge_and_unload() and save the model, or give "
+    "the adapter with --lora.",
+    "a pi0 policy of lerobot": "Name the folder with the policy's config.json, whose type is pi0 or pi05.",
+    "KerasHub's names": "Convert it with KerasHub's export to transformers.",
+    "GGUF's names": "Export from the weights that it was made of.",
+}
+
 Shape = tuple[int, ...]
 Array = npt.NDArray[Any]
+
+
+def unwrapped_names(names: Collection[str]) -> dict[str, str]:
+    """Each name without what torch.compile, DDP, FSDP, PEFT or Lightning put before it or between its parts."""
+    plain = {name: _BETWEEN.sub("", name) for name in names}
+    while prefix := next((one for one in _WRAPPERS if all(name.startswith(one) for name in plain.values())), None):
+        plain = {name: inner.removeprefix(prefix) for name, inner in plain.items()}
+    return plain
 
 
 def canonical_name(name: str) -> str:
@@ -122,8 +157,7 @@ class Checkpoint(Mapping[str, Array]):
         self.folder = folder
         self.config = config
         self._entries: dict[str, _Entry] = {}
-        for path in _weight_files(folder):
-            self._add_file(path)
+        self._take_files(find_weight_files(folder))
         self._check(config)
 
     @property
@@ -153,89 +187,97 @@ class Checkpoint(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         entry = self._entries[name]
         with safe_open(entry.path, framework="np") as file:
-            return np.asarray(file.get_tensor(entry.key))
+            return _as_float(file.get_tensor(entry.key))
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows `start` to `stop` of a matrix, without reading the others."""
         entry = self._entries[name]
         with safe_open(entry.path, framework="np") as file:
-            return np.asarray(file.get_slice(entry.key)[start:stop])
+            return _as_float(file.get_slice(entry.key)[start:stop])
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, from its file's header."""
         return self._entries[name].shape
 
-    def _add_file(self, path: Path) -> None:
-        try:
-            entries = _read_header(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                expected=f"a safetensors file at {path}",
-                found=f"{error}",
-                action="Download or copy the checkpoint again.",
-            ) from error
+    def _take_files(self, paths: Sequence[Path]) -> None:
+        """Note where every tensor lies, under its canonical name."""
+        entries: list[_Entry] = []
+        for path in paths:
+            try:
+                entries += _read_header(path)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    expected=f"a safetensors file at {path}",
+                    found=f"{error}",
+                    action="Download or copy the checkpoint again.",
+                ) from error
+        plain = unwrapped_names({entry.key for entry in entries})
         for entry in entries:
-            name = canonical_name(entry.key)
+            name = canonical_name(plain[entry.key])
             if _NO_PARAMETER.search(name):
                 continue
             if name in self._entries:
-                raise _broken(self.folder, f"'{name}' twice", "Remove the weight files of the other version.")
+                raise broken(self.folder, f"'{name}' twice", "Remove the weight files of the other version.")
             self._entries[name] = entry
+        if self.config.tied and EMBED_TOKENS not in self._entries and LM_HEAD in self._entries:
+            self._entries[EMBED_TOKENS] = self._entries.pop(LM_HEAD)  # one tensor, which kept its other name
 
     def _check(self, config: ModelConfig) -> None:
         wanted = expected_shapes(config)
         width = config.text.hidden_size
         tables = {EMBED_TOKENS, LM_HEAD} if LM_HEAD in self or not config.tied else {EMBED_TOKENS}
-        if missing := sorted((wanted.keys() | tables) - self.keys()):
-            raise _broken(self.folder, f"no tensor {_some(missing)}", "Check that every shard of it is there.")
-        if surplus := sorted(self.keys() - wanted.keys() - tables):
-            raise _broken(
-                self.folder, f"left over: {_some(surplus)}", "Merge adapters first; other heads are not supported."
-            )
+        surplus = sorted(self.keys() - wanted.keys() - tables)
+        missing = sorted((wanted.keys() | tables) - self.keys())
+        if surplus or missing:
+            raise self._explain(surplus, missing)
         wanted |= {name: (*self.shape(name)[:1], width) for name in tables}
         for name, shape in wanted.items():
+            kind = self._entries[name].dtype
+            if kind not in _FLOATS:
+                what = "fp8 without scales" if kind.startswith("F8") else f"type {kind}"
+                raise self._quantised(f"'{name}' in {what}")
             if self.shape(name) != shape:
-                raise _broken(
+                raise broken(
                     self.folder,
                     f"'{name}' of shape {list(self.shape(name))} where config.json says {list(shape)}",
                     "config.json and weights must belong together.",
                 )
-            if self._entries[name].dtype not in ("F32", "F16", "BF16"):
-                raise _broken(
-                    self.folder,
-                    f"'{name}' of type {self._entries[name].dtype}",
-                    "Export from weights that are not quantised: float32, float16 or bfloat16.",
-                )
+
+    def _explain(self, surplus: list[str], missing: list[str]) -> CheckpointError:
+        """The error for names that do not fit, by what they look like."""
+        for method, names in _QUANTISED.items():
+            if any(map(names.search, surplus)):
+                return self._quantised(f"weights that are quantised by {method}")
+        for what, names in _LOOKS_LIKE.items():
+            if any(map(names.search, surplus)):
+                return broken(self.folder, f"{what}: {some(surplus)}", _ACTIONS[what])
+        if missing and not surplus:
+            return broken(self.folder, f"no tensor {some(missing)}", "Check that every shard of it is there.")
+        if not missing:
+            return broken(self.folder, f"left over: {some(surplus)}", "Other heads are not supported: leave them out.")
+        starts = {name.partition(".")[0] for name in surplus}
+        common = f", all of which begin with '{next(iter(starts))}.'" if len(starts) == 1 else ""
+        return broken(
+            self.folder,
+            f"no tensor {some(missing)}, and other ones: {some(surplus)}{common}",
+            "config.json and weights must belong together; take off what a wrapper has put before the names.",
+        )
+
+    def _quantised(self, found: str) -> CheckpointError:
+        return broken(
+            self.folder,
+            found,
+            "Export from its 16-bit weights: the model that was quantised, or that with --lora; int8 and int4 are made "
+            "here with --precision.",
+        )
+
+
+def _as_float(array: Array) -> Array:
+    """As it is stored, but for doubles, which transformers reads as floats, too."""
+    return np.asarray(array, np.float32) if array.dtype == np.float64 else np.asarray(array)
 
 
 def _read_header(path: Path) -> list[_Entry]:
     with safe_open(path, framework="np") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
         return [_Entry(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise _broken(folder, f"an unreadable {index.name}", "Download or copy the checkpoint again.") from error
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise _broken(folder, f"no {_some(absent)}, which {index.name} names", "Download the missing shards.")
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
-    raise _broken(
-        folder, "no model.safetensors and no model.safetensors.index.json", "Save the model with safe_serialization."
-    )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(f"'{name}'" for name in names[:5]) + more
-
-
-def _broken(folder: Path, found: str, action: str) -> CheckpointError:
-    return CheckpointError(expected=f"a complete PaliGemma checkpoint in {folder}", found=found, action=action)

@@ -191,5 +191,5 @@ def test_a_file_that_is_no_archive_and_an_adapter_for_it_are_errors(both: tuple[
     with pytest.raises(CheckpointError, match=r"m\.npz"):
         export_bundle(str(tmp_path / "m.npz"), tmp_path / "b")
     with pytest.raises(UsageError, match="adapter"):
-        export_bundle(str(both[1]), tmp_path / "b", lora=tmp_path)
+        export_bundle(str(both[1]), tmp_path / "b", adapters=[tmp_path])
     assert not (tmp_path / "b").exists()

@@ -17,7 +17,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from paliedge.bundle.manifest import Precision
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import read_config
-from paliedge_export.checkpoint.lora import Adapted
+from paliedge_export.checkpoint.lora import Adapted, Adapter
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint, canonical_name
 from paliedge_export.exporter import export_bundle
 from paliedge_export.options import Quantization
@@ -74,7 +74,7 @@ def adapt(base: Path, adapter: Path, options: dict[str, Any]) -> dict[str, np.nd
 
 
 def open_adapted(base: Path, adapter: Path) -> Adapted:
-    return Adapted(base, read_config(base), adapter)
+    return Adapted(base, read_config(base), [Adapter(adapter)])
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
@@ -106,7 +106,7 @@ def test_a_bundle_answers_as_the_merged_model_does(base: Path, tmp_path: Path) -
     """fp32: the export itself compares with transformers, whose weights were replaced; here PEFT did it."""
     adapt(base, tmp_path / "adapter", KINDS["maestro"])
     merge(base, tmp_path / "adapter", tmp_path / "merged")
-    first = export_bundle(str(base), tmp_path / "one", lora=tmp_path / "adapter")
+    first = export_bundle(str(base), tmp_path / "one", adapters=[tmp_path / "adapter"])
     second = export_bundle(str(tmp_path / "merged"), tmp_path / "other")
     plain = export_bundle(str(base), tmp_path / "plain")
     answers = [golden_tokens(tmp_path / name) for name in ("one", "other", "plain")]
@@ -143,7 +143,7 @@ def test_an_adapter_is_merged_before_anything_is_measured_or_rounded(
             tmp_path / "bundle",
             precision=precision,
             quantization=Quantization(tmp_path / "calibration"),
-            lora=adapter,
+            adapters=[adapter] if adapter else [],
             compare=False,
         ).files
         for checkpoint, adapter in ((base, tmp_path / "adapter"), (tmp_path / "merged", None), (base, None))

@@ -63,7 +63,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_package_is_exported_as_it_is(package: Path, tmp_path: Path) -> None:
     manifest = export_bundle(str(package), tmp_path / "bundle", compare=False)
     assert manifest.preprocess.letterbox == (127, 127, 127)
-    tensors = open_checkpoint(str(package), None)
+    tensors = open_checkpoint(str(package))
     assert isinstance(tensors, Adapted)
     assert len(tensors.changed) == 2 * (tensors.config.text.num_layers + tensors.config.vision.num_layers)
     assert tensors.read_preprocess().letterbox == (127, 127, 127)
@@ -92,15 +92,15 @@ def test_a_colour_does_not_hide_what_is_refused(package: Path, tmp_path: Path) -
 
 def test_the_adapter_of_a_package_takes_no_second_one(package: Path) -> None:
     with pytest.raises(UsageError, match="Leave out --lora"):
-        open_checkpoint(str(package), package)
-    tensors = open_checkpoint(str(package / "base"), package)
+        open_checkpoint(str(package), [package])
+    tensors = open_checkpoint(str(package / "base"), [package])
     assert tensors.read_preprocess().letterbox == (127, 127, 127)
 
 
 def test_an_adapter_alone_asks_for_its_base_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"add --lora {tmp_path}"):
-        open_checkpoint(str(tmp_path), None)
+        open_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize(
