@@ -69,7 +69,7 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
     "--sensitivity",
     type=click.FloatRange(0, 100),
     metavar="PERCENT",
-    help="For int8 and int4: quantise each linear layer alone, rank them by the error, and keep the worst in 16 bits "
+    help="For int8 and int4: quantise each linear layer alone and rank them by the error. The worst stay in 16 bits "
     "while the layers' weights grow by at most this much; 0 only ranks. Takes two prompts a layer.",
     group="Comparison",
 )

@@ -83,14 +83,26 @@ def export_bundle(
 
     One bundle may serve several targets. All have one precision: fp32 for `cpu` alone, fp16 for others,
     unless told. int8 and int4 are calibrated with the fp32 graphs. The last step runs every target's graphs
-    with ONNX Runtime against a reference: transformers for fp32 where torch is installed, the fp32 graphs for
-    any other precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
-    returns says what was measured, and what was not compared and why. `mask_decoder` names big_vision's
-    vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `lora` is the
-    folder of an adapter that is merged first. `prompts` names one of `PRESETS` or a JSON file of templates;
-    unless given the checkpoint's name decides. A request may have `max_images` images. With
-    `letterbox`, a colour, pictures are not squashed but padded with it; Roboflow's packages say so themselves.
-    `report` gets a line a stage.
+    with ONNX Runtime against a reference. That is transformers for fp32 where torch is installed, and the fp32
+    graphs for any other precision; bf16 is emulated: ONNX Runtime has no kernels for it on a CPU. The manifest
+    that it returns says what was measured, and what was not compared and why.
+
+    Args:
+        checkpoint: a folder, a hub id, or big_vision's .npz beside a tokenizer.json.
+        output: folder of the bundle.
+        targets: see `TARGETS`.
+        precision: of all targets.
+        max_prompt_tokens: of a request, image tokens not counted.
+        max_new_tokens: of an answer.
+        quantization: how an int8 or int4 bundle is made.
+        mask_decoder: big_vision's vae-oid.npz or the same as .safetensors; unless given it is looked for beside
+            the checkpoint.
+        lora: folder of an adapter that is merged first.
+        prompts: one of `PRESETS` or a JSON file of templates; unless given the checkpoint's name decides.
+        max_images: of a request.
+        letterbox: a colour; pictures are padded with it and not squashed. Roboflow's packages say so themselves.
+        compare: run the last step.
+        report: gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint, the mask decoder or the adapter cannot be read, or is no PaliGemma's.

@@ -27,11 +27,11 @@ class Quantization:
         calibrate: a folder of images, with JSONL files of prompts if there are any, or a bundle (or its
             calibration.safetensors) whose statistics are taken again. Without it the checkpoint's own folder
             `calibration`, if it has one. Other precisions are compared on these samples.
-        sensitivity: rank the layers, and keep the worst in 16 bits while the weights of the linear layers
-            grow by no more than this share; None leaves it out.
+        sensitivity: rank the layers. The worst stay in 16 bits while the weights of the linear layers grow by
+            no more than this share; None leaves it out.
         head_vocabulary: "detect" or a file of labels: the head keeps only what such answers need.
         fast_prefill: of int4 for `cpu`: a second graph with 8-bit weights for the prefix, which ONNX Runtime
-            multiplies at twice the rate; the bundle and its memory are about twice as large.
+            multiplies at twice the rate. The bundle and its memory are about twice as large.
         smooth: scale activations into the weights.
     """
 

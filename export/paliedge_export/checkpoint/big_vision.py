@@ -2,7 +2,7 @@
 
 Every layer's tensors are stacked along the first axis, heads and their size are axes of their own, kernels are
 [in, out]. There is no config: the dimensions are those of the arrays. A member that is stored as it is
-gets mapped, so that one layer's piece is read at a time; a compressed one is unpacked for each piece.
+gets mapped, so that one layer's piece is read at a time. A compressed one is unpacked for each piece.
 
 | array (behind `params/`, if there is that) | shape |
 |---|---|

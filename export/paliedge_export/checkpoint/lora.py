@@ -1,8 +1,8 @@
 """A checkpoint with a LoRA adapter merged into it, in float32, as each tensor is read.
 
 The format is PEFT's: adapter_config.json and adapter_model.safetensors. With A [r, in] and B [out, r] a
-weight becomes W + s B A, where s = alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv
-2312.03732); DoRA (arXiv 2402.09353) then gives each row the length that it has learned. What the adapter
+weight becomes W + s B A. Here s is alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv
+2312.03732). DoRA (arXiv 2402.09353) then gives each row the length that it has learned. What the adapter
 holds in full (modules_to_save, biases) takes the place of the checkpoint's.
 """
 
@@ -58,7 +58,7 @@ class Adapted(Checkpoint):
         try:
             tensors = load_file(adapter / _WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
+            raise _refused(adapter, f"{error}", _COMPLETE) from error
         for key, tensor in tensors.items():
             self._take(key, tensor)
         for name, parts in self._parts.items():
@@ -100,8 +100,8 @@ class Adapted(Checkpoint):
         shape = self.shape(name)
         wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if self._options.get("use_dora") else set())
         if parts.keys() != wanted:
-            found = f"for '{name}' only {', '.join(sorted(parts))}"
-            raise _refused(self.adapter, found, f"It should have {', '.join(sorted(wanted))}: save it again.")
+            found = f"only {', '.join(sorted(parts))} for '{name}'"
+            raise _refused(self.adapter, found, f"Save it again, with {', '.join(sorted(wanted))}.")
         down, up = parts["lora_A"], parts["lora_B"]
         if up.shape[:1] != shape[:1] or down.size != len(down) * math.prod(shape[1:]) or up.size != len(up) * len(down):
             raise self._misfit(name, up, shape)
@@ -136,7 +136,7 @@ def _read_options(adapter: Path) -> dict[str, Any]:
     try:
         options = json.loads((adapter / _CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
+        raise _refused(adapter, f"{error}", _COMPLETE) from error
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         kind = options.get("peft_type") if isinstance(options, dict) else options
         raise _refused(adapter, f"an adapter of the kind {kind}", _MERGE)

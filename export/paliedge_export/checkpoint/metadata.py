@@ -47,7 +47,7 @@ def read_tokens(folder: Path) -> Tokens:
         raise CheckpointError(
             expected="a tokenizer with 1024 location, 128 segmentation and image tokens and a newline token",
             found=f"none of {some}" if absent else "other ids than PaliGemma's order gives",
-            action="This is a plain Gemma tokenizer; take tokenizer.json from a PaliGemma checkpoint.",
+            action="Take tokenizer.json from a PaliGemma checkpoint; this is a plain Gemma tokenizer.",
         )
     highest = max(index for name, index in vocabulary.items() if name != "<image>")
     return Tokens(
@@ -77,7 +77,7 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
         raise CheckpointError(
             expected=f"preprocessing to {image_size} x {image_size} pixels, bicubic (3) or bilinear (2)",
             found=f"size {size} and resample {resample}",
-            action="config.json and preprocessor_config.json must belong together.",
+            action="Take config.json and preprocessor_config.json from the same checkpoint.",
         )
     mean, std = (raw.get(name, [0.5, 0.5, 0.5]) for name in ("image_mean", "image_std"))
     try:

@@ -111,8 +111,8 @@ class Checkpoint(Mapping[str, Array]):
         why_no_reference: why transformers cannot read it; empty where it can.
 
     Raises:
-        CheckpointError: no weights, a shard that is missing or damaged, a tensor that is missing,
-            left over, of a wrong shape, or no 16- or 32-bit float.
+        CheckpointError: no weights; a shard that is missing or damaged. Or a tensor that is missing, left
+            over, of a wrong shape, or no 16- or 32-bit float.
     """
 
     changed: Sequence[str] = ()
@@ -185,7 +185,7 @@ class Checkpoint(Mapping[str, Array]):
             raise _broken(self.folder, f"no tensor {_some(missing)}", "Check that every shard of it is there.")
         if surplus := sorted(self.keys() - wanted.keys() - tables):
             raise _broken(
-                self.folder, f"left over: {_some(surplus)}", "Merge adapters first; other heads are not supported."
+                self.folder, f"tensors left over: {_some(surplus)}", "Merge adapters first; remove other heads."
             )
         wanted |= {name: (*self.shape(name)[:1], width) for name in tables}
         for name, shape in wanted.items():
@@ -193,7 +193,7 @@ class Checkpoint(Mapping[str, Array]):
                 raise _broken(
                     self.folder,
                     f"'{name}' of shape {list(self.shape(name))} where config.json says {list(shape)}",
-                    "config.json and weights must belong together.",
+                    "Take config.json and weights from the same checkpoint.",
                 )
             if self._entries[name].dtype not in ("F32", "F16", "BF16"):
                 raise _broken(

@@ -118,15 +118,15 @@ def check(report: TargetReport, target: str) -> None:
     raise PrecisionError(
         expected=f"{report.precision} graphs for {target} as good as {found.reference}",
         found="; ".join(failed) + (f". The worst layers, with the cosine behind them: {worst}" if worst else ""),
-        action=_ADVICE.get(report.precision, "Nothing was published. Export with --precision fp32, and report this."),
+        action=_ADVICE.get(report.precision, "Export with --precision fp32, and report this. Nothing was published."),
     )
 
 
 _ADVICE = {
-    "int8": "Nothing was published. Calibrate with more images like those to come, keep the layers that hurt in 16 "
-    "bits with --sensitivity, or take --precision fp16.",
-    "int4": "Nothing was published. Calibrate with more images like those to come, keep the layers that hurt in 16 "
-    "bits with --sensitivity, or take --precision int8.",
+    "int8": "Calibrate with more images like those to come, keep the layers that hurt in 16 bits with --sensitivity, "
+    "or take --precision fp16. Nothing was published.",
+    "int4": "Calibrate with more images like those to come, keep the layers that hurt in 16 bits with --sensitivity, "
+    "or take --precision int8. Nothing was published.",
 }
 
 

@@ -1,9 +1,9 @@
 """The weight files: what the graphs of every lowering read.
 
-Fused where graphs want it (query, key and value in one matrix), transposed to [in, out], matrices in the
-compute type or in integers, norms and biases in float32. One tensor at a time is in memory. Floats are
-written once for all targets; ONNX Runtime's kernels and TensorRT's want integers in different orders, so
-that a quantised bundle for both has both.
+Weights are fused where graphs want it (query, key and value in one matrix) and transposed to [in, out].
+Matrices are in the compute type or in integers, norms and biases in float32. One tensor at a time is in
+memory. Floats are written once for all targets. ONNX Runtime's kernels and TensorRT's want integers in
+different orders: a quantised bundle for both has both.
 
 | tensor | "qdq", ONNX's own operators | "contrib", com.microsoft's |
 |---|---|---|

@@ -30,8 +30,8 @@ class BackendOptions:
     """What a user may say about the engine.
 
     Attributes:
-        backend: "auto" takes the best that works; "onnxruntime" its CUDA provider where that works, else its
-            CPU provider; "cuda" and "cpu" are ONNX Runtime with this provider only.
+        backend: "auto" takes the best that works. "onnxruntime" takes its CUDA provider where that works, else its
+            CPU provider. "cuda" and "cpu" are ONNX Runtime with this provider only.
         on_mismatch: where the bundle's engines were built for something else: "error", "rebuild" them,
             or "fallback" to ONNX Runtime.
         threads: of ONNX Runtime's operators; 0 takes every core this process may use.

@@ -1,7 +1,7 @@
 """The ways in which a model is asked: one after the other, several at a time, all at once, at a camera's rate.
 
-Each scenario yields after every query, so that a run can be shown while it goes on and keeps what it has when it
-is interrupted. Times come from the answers themselves; knows no engine.
+Each scenario yields after every query: a run can be shown while it goes on, and keeps what it has when it is
+interrupted. Times come from the answers themselves; knows no engine.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Preprocess(_Strict, frozen=True):
     """Resize to the square by `resample`, then (value / 255 - mean) / std, channels first.
 
     With `letterbox` the picture keeps its proportions, in the middle of a square of that colour (red, green,
-    blue); without it it is squashed, as PaliGemma itself was trained.
+    blue). Without it the picture is squashed, as PaliGemma itself was trained.
     """
 
     resample: Literal["bicubic", "bilinear"]
@@ -177,8 +177,8 @@ class Graph(_Strict, frozen=True):
 class Target(_Strict, frozen=True):
     """The lowering for one kind of runtime. Cache tensors are [batch, kv heads, capacity, head_dim].
 
-    `cache_update` says who stores the new rows: "rows", the graph returns them and the runtime copies
-    them into the cache; "in_place", the graph writes them at `write_index` and each cache output lies
+    `cache_update` says who stores the new rows. With "rows" the graph returns them and the runtime copies
+    them into the cache. With "in_place" the graph writes them at `write_index`, and each cache output lies
     where its input does. Without a `mask_decoder` segmentation tokens stay codes. The rows of a batch are
     not independent where the graph measures a scale over all tokens at hand.
 

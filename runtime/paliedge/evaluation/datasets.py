@@ -176,11 +176,11 @@ def _find_one(dataset: Path, patterns: Sequence[str], action: str) -> Path:
         return found[0]
     names = ", ".join(str(path.relative_to(dataset)) for path in found)
     if found:
-        raise _unusable(dataset, f"several: {names}", "Name one of them.")
+        raise _unusable(dataset, f"several files: {names}", "Name one of them.")
     deeper = [path for pattern in patterns for path in sorted(dataset.glob(f"*/{pattern}"))]
     if deeper:
         names = ", ".join(str(path.relative_to(dataset)) for path in deeper)
-        raise _unusable(dataset, f"some in folders below: {names}", "Name one of them.")
+        raise _unusable(dataset, f"files in folders below: {names}", "Name one of them.")
     raise _unusable(dataset, "none", action)
 
 

@@ -145,7 +145,7 @@ class LiveFrames:
                     yield VideoFrame(number, moment_s - start_s, shot())
             finally:
                 reader.stop()
-            error = reader.error or lost("its end")
+            error = reader.error or lost("the end of the stream")
             if not isinstance(error, ImageError) or failures == self._options.reconnect:
                 raise error
             delay_s = min(2.0**failures, MAX_DELAY_S)

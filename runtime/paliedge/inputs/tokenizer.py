@@ -41,7 +41,7 @@ class PromptTokenizer:
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UsageError(
                 expected=f"a prompt of at most {MAX_PROMPT_CHARACTERS} characters",
-                found=f"{len(text)}",
+                found=f"{len(text)} characters",
                 action="Shorten the prompt.",
             )
         try:

@@ -136,9 +136,9 @@ def yolo_lines(
 ) -> list[str]:
     """A line a detection, as YOLO's label files have them; all numbers are divided by width and height.
 
-    Without any mask `class cx cy w h`, with the confidence behind it if wanted; else `class x1 y1 x2 y2 ...`,
-    the largest outline of each mask, or a box's corners. A file holds one of the two forms: YOLO reads no
-    mixture. An outline has no confidence behind it: it would be taken for half a point.
+    Without any mask a line is `class cx cy w h`, with the confidence behind it if wanted. Else it is
+    `class x1 y1 x2 y2 ...`, the largest outline of each mask, or a box's corners. A file holds one of the two
+    forms: YOLO reads no mixture. An outline has no confidence behind it: it would be taken for half a point.
 
     Raises:
         MissingExtraError: there is a mask, and contourpy is not installed.

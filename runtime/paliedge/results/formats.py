@@ -198,12 +198,12 @@ class _Classes:
 class CocoWriter(Writer):
     """One COCO dataset: `images`, `categories` and, as `annotations`, the results.
 
-    The file is two things at once. `pycocotools.coco.COCO(file)` loads it, as annotation tools do, since each
-    annotation has `id`, `area` and `iscrowd`; and each is a COCO result too, with a `score`, so that `loadRes`
-    takes the list `annotations`, here or on a ground truth with the same ids. A box is x, y, width, height in
-    pixels; `segmentation` is compressed run lengths, and absent without a mask. Ids count from 1: images in the
-    order of the run (`file_name` is the path as it was found), categories with the asked labels first. Nothing
-    is written before the end.
+    The file is two things at once. Each annotation has `id`, `area` and `iscrowd`: `pycocotools.coco.COCO(file)`
+    loads it, as annotation tools do. Each is a COCO result too, with a `score`: `loadRes` takes the list
+    `annotations`, here or on a ground truth with the same ids. A box is x, y, width, height in pixels.
+    `segmentation` is compressed run lengths, and absent without a mask. Ids count from 1: images in the order
+    of the run (`file_name` is the path as it was found), categories with the requested labels first. Nothing is
+    written before the end.
     """
 
     def __init__(self, emit: Emit, labels: Sequence[str] = ()) -> None:
@@ -288,8 +288,8 @@ class YoloWriter(_FolderWriter):
 class LabelmeWriter(_FolderWriter):
     """A file a picture that LabelMe opens: a polygon for each mask, its largest outline, a rectangle for other boxes.
 
-    The picture is named relative to the folder and not copied, but where there is no such file, as of a video's
-    frame, it lies in the file itself. A shape's `description` is its confidence.
+    The picture is named relative to the folder and not copied. Where there is no such file, as of a video's
+    frame, the picture lies in the file itself. A shape's `description` is its confidence.
     """
 
     def __init__(self, folder: Path) -> None:

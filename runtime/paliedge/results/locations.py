@@ -1,9 +1,9 @@
 """Boxes from location tokens and masks' codes from segmentation tokens, read from ids and never from text.
 
-A box is four location tokens, y1 x1 y2 x2, each round(edge / size * 1023) of the squared image; the 16
-segmentation tokens behind it, if any, are its mask; its label is the text behind those, up to ` ;` or the
-next box. The inverse divides by 1023 too, as big_vision's evaluation does, so that the last bin
-reaches the border.
+A box is four location tokens, y1 x1 y2 x2, each round(edge / size * 1023) of the squared image. The 16
+segmentation tokens behind it, if any, are its mask. Its label is the text behind those, up to ` ;` or the
+next box. The inverse divides by 1023 too, as big_vision's evaluation does: so the last bin reaches the
+border.
 """
 
 from __future__ import annotations
