@@ -173,7 +173,6 @@ def export(
     try:
         import msgspec
 
-        from paliedge.bundle.manifest import Limits
         from paliedge_export.exporter import export_bundle
         from paliedge_export.options import Quantization
     except ModuleNotFoundError as error:
@@ -187,7 +186,8 @@ def export(
         output,
         targets=targets,
         precision=precision,
-        limits=Limits(prefix=max_prompt_tokens, new_tokens=max_new_tokens),
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
         quantization=Quantization(
             calibrate, None if sensitivity is None else sensitivity / 100, head_vocab, fast_prefill
         ),

@@ -15,7 +15,7 @@ import msgspec
 
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.golden import GOLDEN, write_golden
-from paliedge.bundle.manifest import Limits, Manifest, Precision, write_manifest
+from paliedge.bundle.manifest import Limits, Manifest, Precision, Tokens, write_manifest
 from paliedge.bundle.precision_report import PRECISION_REPORT, PrecisionReport, TargetReport, write_precision_report
 from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import UsageError
@@ -31,7 +31,8 @@ from paliedge_export.gate.runner import ReferenceRun, Runner, collect_statistics
 from paliedge_export.gate.sensitivity import NUM_SAMPLES, Trial, keep_worst, rank_layers
 from paliedge_export.graphs.mask_decoder import find_mask_decoder, load_mask_decoder
 from paliedge_export.options import (
-    DEFAULT_LIMITS,
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULT_MAX_PROMPT_TOKENS,
     DEFAULT_QUANTIZATION,
     Quantization,
     check_precision,
@@ -42,7 +43,7 @@ from paliedge_export.options import (
 from paliedge_export.targets import TARGETS
 from paliedge_export.weights.activations import STATISTICS, Statistics, load_statistics
 from paliedge_export.weights.files import QUANTIZED, Encoding, Tensors, quantized_bits
-from paliedge_export.weights.head_vocabulary import choose_head_vocabulary
+from paliedge_export.weights.head_vocabulary import HeadVocabulary, choose_head_vocabulary
 from paliedge_export.weights.linears import Linear, linears
 from paliedge_export.weights.samples import CALIBRATE, Sample, SampleFolder
 from paliedge_export.weights.smoothing import smooth, unsmoothed
@@ -69,7 +70,8 @@ def export_bundle(
     *,
     targets: Sequence[str] = ("cpu",),
     precision: Precision | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     quantization: Quantization = DEFAULT_QUANTIZATION,
     mask_decoder: Path | None = None,
     lora: Path | None = None,
@@ -79,7 +81,7 @@ def export_bundle(
     compare: bool = True,
     report: Report = lambda line: None,
 ) -> Manifest:
-    """Export `checkpoint` (a folder, a hub id, or big_vision's .npz beside a tokenizer.json) as the bundle `output`.
+    """Export `checkpoint` as the bundle `output`.
 
     One bundle may serve several targets. All have one precision: fp32 for `cpu` alone, fp16 for others,
     unless told. int8 and int4 are calibrated with the fp32 graphs. The last step runs every target's graphs
@@ -90,16 +92,12 @@ def export_bundle(
     Args:
         checkpoint: a folder, a hub id, or big_vision's .npz beside a tokenizer.json.
         output: folder of the bundle.
-        targets: see `TARGETS`.
-        precision: of all targets.
-        max_prompt_tokens: of a request, image tokens not counted.
-        max_new_tokens: of an answer.
+        targets, precision: see above.
+        max_prompt_tokens, max_new_tokens, max_images: of a request; image tokens do not count as prompt.
         quantization: how an int8 or int4 bundle is made.
-        mask_decoder: big_vision's vae-oid.npz or the same as .safetensors; unless given it is looked for beside
-            the checkpoint.
+        mask_decoder: big_vision's vae-oid.npz or .safetensors; unless given it is looked for beside the checkpoint.
         lora: folder of an adapter that is merged first.
         prompts: one of `PRESETS` or a JSON file of templates; unless given the checkpoint's name decides.
-        max_images: of a request.
         letterbox: a colour; pictures are padded with it and not squashed. Roboflow's packages say so themselves.
         compare: run the last step.
         report: gets a line a stage.
@@ -111,27 +109,24 @@ def export_bundle(
             the precision, or there is nothing to calibrate with.
     """
     opened = open_checkpoint(checkpoint, lora)
-    folder, config = opened.folder, opened.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
-    check_precision(config, targets, chosen)
+    check_precision(opened.config, targets, chosen)
     check_quantization(chosen, targets, quantization)
-    tokens = read_tokens(folder)
+    tokens = read_tokens(opened.folder)
     check_rows(opened, tokens)
     samples = find_samples(opened.folders, quantization)
-    vocabulary = None
-    if quantization.head_vocabulary:
-        vocabulary = choose_head_vocabulary(quantization.head_vocabulary, folder / "tokenizer.json", tokens, samples)
+    vocabulary = _read_vocabulary(opened.folder, tokens, samples, quantization)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
-    prefix = limits.prefix + max_images * config.vision.num_image_tokens
+    prefix = max_prompt_tokens + max_images * opened.config.vision.num_image_tokens
     masks_file = mask_decoder or next(filter(None, map(find_mask_decoder, opened.folders)), None)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
     preprocess = opened.read_preprocess()
     source = ModelSource(
         name=name,
-        folder=folder,
-        config=config,
+        folder=opened.folder,
+        config=opened.config,
         tokens=tokens,
-        limits=msgspec.structs.replace(limits, prefix=prefix),
+        limits=Limits(prefix=prefix, new_tokens=max_new_tokens),
         vocabulary=vocabulary,
         mask_decoder=masks,
         prompts=choose_prompts(prompts, name),
@@ -140,6 +135,13 @@ def export_bundle(
     with publish_bundle(output) as staging:
         job = _Job(staging, source, opened, tuple(dict.fromkeys(targets)), chosen, quantization, report)
         return job.run(samples, compare=compare)
+
+
+def _read_vocabulary(
+    folder: Path, tokens: Tokens, samples: SampleFolder | None, quantization: Quantization
+) -> HeadVocabulary | None:
+    choice = quantization.head_vocabulary
+    return choose_head_vocabulary(choice, folder / "tokenizer.json", tokens, samples) if choice else None
 
 
 def _calibrating(samples: Sequence[Sample]) -> Sequence[Sample]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paliedge.bundle.manifest import Limits, Precision
+from paliedge.bundle.manifest import Precision
 from paliedge.errors import UsageError
 from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.checkpoint.config import ModelConfig
@@ -15,8 +15,8 @@ from paliedge_export.weights.activations import STATISTICS
 from paliedge_export.weights.files import QUANTIZED
 from paliedge_export.weights.samples import FOLDER, SampleFolder, open_samples
 
-DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
-"""Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
+DEFAULT_MAX_PROMPT_TOKENS, DEFAULT_MAX_NEW_TOKENS = 128, 256
+"""Of a request without its image tokens, and of an answer. The manifest's `Limits.prefix` counts image tokens too."""
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def test_a_link_is_refused_though_the_manifest_has_its_size_and_digest(copy: Pat
     manifest = read_manifest(copy)
     manifest["files"]["decoder.fp32.weights"]["size"] = (copy / "decoder.fp32.weights").lstat().st_size
     save_manifest(copy, manifest)
-    assert assert_refused(copy).found == "'decoder.fp32.weights' is no regular file"
+    assert assert_refused(copy).found == "'decoder.fp32.weights', which is no regular file"
 
 
 @pytest.mark.usefixtures("no_session")

@@ -230,7 +230,7 @@ def test_a_folder_without_coco_annotations_says_where_they_could_be(tmp_path: Pa
         open_coco(tmp_path, masks=False)
     for split in ("train", "val"):
         write_coco(tmp_path, f"annotations/instances_{split}.json")
-    with pytest.raises(UsageError, match=r"several: .*instances_train\.json, .*instances_val\.json.*Name one"):
+    with pytest.raises(UsageError, match=r"several files: .*instances_train\.json, .*instances_val\.json.*Name one"):
         open_coco(tmp_path, masks=False)
 
 

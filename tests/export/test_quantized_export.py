@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from paliedge import PaliGemma
 from paliedge.bundle.bundle import Bundle
-from paliedge.bundle.manifest import Limits, Manifest, Precision
+from paliedge.bundle.manifest import Manifest, Precision
 from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import PrecisionError, UsageError
 from paliedge_export.checkpoint.config import read_config
@@ -373,10 +373,16 @@ def test_sample_prompts_over_the_limit_are_refused(target: str, tmp_path: Path) 
 
 @pytest.mark.opset24
 @pytest.mark.parametrize("target", ["cpu", "jetpack7"])
-def test_small_limits_are_kept_by_the_comparison_and_the_golden_answers(target: str, tmp_path: Path) -> None:
+def test_comparison_and_golden_answers_keep_small_limits(target: str, tmp_path: Path) -> None:
     make_tiny(tmp_path / "checkpoint", "paligemma")
-    limits = Limits(prefix=8, new_tokens=3)
-    export_bundle(str(tmp_path / "checkpoint"), tmp_path / "b", targets=[target], precision="fp16", limits=limits)
+    export_bundle(
+        str(tmp_path / "checkpoint"),
+        tmp_path / "b",
+        targets=[target],
+        precision="fp16",
+        max_prompt_tokens=8,
+        max_new_tokens=3,
+    )
     bundle = Bundle(tmp_path / "b")
     with PaliGemma.load(tmp_path / "b") as model:
         checked = verify_golden(bundle, model)

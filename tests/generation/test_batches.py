@@ -16,7 +16,6 @@ from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import Generation, GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtCache, OrtSession
 from paliedge.backends.session import FloatArray, GeneratedToken, IdRange
-from paliedge.bundle.manifest import Limits
 from paliedge.errors import ImageError, UsageError
 from paliedge_export.exporter import export_bundle
 from tests.answers import answer_together
@@ -55,13 +54,13 @@ def load_tiny(folder: Path, family: str, target: str, precision: Any) -> PaliGem
     (folder / "checkpoint" / "calibration").mkdir()
     for number, image in enumerate(IMAGES):
         Image.fromarray(image).save(folder / "checkpoint" / "calibration" / f"{number}.png")
-    limits = Limits(prefix=40, new_tokens=12)
     export_bundle(
         str(folder / "checkpoint"),
         folder / "bundle",
         targets=[target],
         precision=precision,
-        limits=limits,
+        max_prompt_tokens=40,
+        max_new_tokens=12,
         compare=False,
     )
     return PaliGemma.load(folder / "bundle")

@@ -15,7 +15,6 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import GenerationOptions, ImageSet, PaliGemma
-from paliedge.bundle.manifest import Limits
 from paliedge.errors import UsageError
 from paliedge.inputs.video import read_video
 from paliedge_export.exporter import export_bundle
@@ -37,8 +36,14 @@ class Both(NamedTuple):
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     folder: Path = tmp_path_factory.mktemp(request.param)
     model = make_tiny(folder / "checkpoint", request.param)
-    limits = Limits(prefix=24, new_tokens=NUM_TOKENS)
-    export_bundle(str(folder / "checkpoint"), folder / "bundle", limits=limits, max_images=3, compare=False)
+    export_bundle(
+        str(folder / "checkpoint"),
+        folder / "bundle",
+        max_prompt_tokens=24,
+        max_new_tokens=NUM_TOKENS,
+        max_images=3,
+        compare=False,
+    )
     processor = PaliGemmaProcessor.from_pretrained(folder / "checkpoint", backend="pil")
     processor.image_seq_length = 16
     with closing(PaliGemma.load(folder / "bundle")) as ours:

@@ -238,7 +238,7 @@ def test_a_lost_source_is_reached_again_and_the_wait_grows() -> None:
     assert waits == [1, 2, 1, 2, 4, 8, 16, 30]
     assert source.num_connections == source.num_closed == 2 + 1 + 6
     assert lines[0] == "source lost: connection refused; connecting again in 1 s"
-    assert "its end" in lines[2]
+    assert "the end of the stream" in lines[2]
 
 
 def test_without_a_limit_there_is_always_another_attempt() -> None:

@@ -263,8 +263,8 @@ def test_a_writer_without_frames_leaves_no_file(tmp_path: Path) -> None:
 def test_where_no_video_can_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "v.mp4").mkdir()
-    with pytest.raises(OutputError, match="to write"):
+    with pytest.raises(OutputError, match="permission to write"):
         VideoWriter(tmp_path / "file" / "v.mp4")
     writer = VideoWriter(tmp_path / "v.mp4")
-    with pytest.raises(OutputError, match="to write"):
+    with pytest.raises(OutputError, match="permission to write"):
         writer.add(picture(0), 0)

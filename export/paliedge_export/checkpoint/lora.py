@@ -29,6 +29,7 @@ _PART = re.compile(
 )
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that take something out of the base model's own weights."""
+_SAVED = f"Name a folder with {_CONFIG} and {_WEIGHTS}, as PEFT saves an adapter."
 _MERGE = "Merge it with PEFT's merge_and_unload(), save the model and export that."
 
 
@@ -58,7 +59,7 @@ class Adapted(Checkpoint):
         try:
             tensors = load_file(adapter / _WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise _refused(adapter, f"{error}", _COMPLETE) from error
+            raise _refused(adapter, f"{error}", _SAVED) from error
         for key, tensor in tensors.items():
             self._take(key, tensor)
         for name, parts in self._parts.items():
@@ -136,7 +137,7 @@ def _read_options(adapter: Path) -> dict[str, Any]:
     try:
         options = json.loads((adapter / _CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(adapter, f"{error}", _COMPLETE) from error
+        raise _refused(adapter, f"{error}", _SAVED) from error
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         kind = options.get("peft_type") if isinstance(options, dict) else options
         raise _refused(adapter, f"an adapter of the kind {kind}", _MERGE)

@@ -91,9 +91,9 @@ class Runner:
             found.features.append(features)
             self._note(found, seen, len(features) if index == last else 0)
             row = []
-            for place, prompt in enumerate(sample.prompts):
-                lead = forced.answers[index][place].tokens if forced else None
-                row.append(self._answer(found, features, prompt, lead, watch, keep=index == last and not place))
+            for prompt_index, prompt in enumerate(sample.prompts):
+                lead = forced.answers[index][prompt_index].tokens if forced else None
+                row.append(self._answer(found, features, prompt, lead, watch, keep=index == last and not prompt_index))
             found.answers.append(row)
             report(f"image {index + 1} of {len(samples)}: {sample.name}")
         return found
@@ -117,7 +117,7 @@ class Runner:
         if len(ids) > room:
             raise UsageError(
                 expected=f"sample prompts of at most {room} tokens, the bundle's limit",
-                found=f"{len(ids)} in '{prompt[:60]}'",
+                found=f"{len(ids)} tokens in '{prompt[:60]}'",
                 action="Export with a larger --max-prompt-tokens, or calibrate with shorter prompts.",
             )
         prefix = np.concatenate([features, self._embed(ids)])
@@ -127,9 +127,9 @@ class Runner:
         tokens: list[int] = []
         scores: list[float] = []
         hidden: list[FloatArray] = []
-        for place in range(len(lead) if lead else min(MAX_NEW_TOKENS, self._limits.new_tokens)):
-            if place:
-                seen = self._graphs.decode(self._embed([lead[place - 1] if lead else tokens[-1]])[0], self._allowed)
+        for step in range(len(lead) if lead else min(MAX_NEW_TOKENS, self._limits.new_tokens)):
+            if step:
+                seen = self._graphs.decode(self._embed([lead[step - 1] if lead else tokens[-1]])[0], self._allowed)
                 watch(seen)
                 self._note(found, seen, 0)
             tokens.append(int(seen["next_token"][0]))

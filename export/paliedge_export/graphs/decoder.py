@@ -187,7 +187,7 @@ def _norm(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
     return graph.op("Mul", graph.op("Div", x, rms), graph.weight(f"{name}.weight"))
 
 
-def _last_place(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> str:
+def _last_index(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> str:
     """Where in x [B, S, H] the last token of each row's prefix is, or of S if the prefix is cached: [B, 1, 1]."""
     length = graph.op("Shape", x, start=1, end=2)
     rest = graph.op("Sub", graph.op("Unsqueeze", prefix_length, graph.ints(1)), start)

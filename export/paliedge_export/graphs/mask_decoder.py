@@ -100,8 +100,8 @@ def _shapes(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     channels = width("decoder.0")
     expect("decoder.0", (channels, tensors[CODEBOOK].shape[1], 1, 1), channels)
     for block in _RESIDUALS:
-        for place, kernel in ((0, 3), (2, 3), (4, 1)):
-            expect(f"{block}.{place}", (channels, channels, kernel, kernel), channels)
+        for index, kernel in ((0, 3), (2, 3), (4, 1)):
+            expect(f"{block}.{index}", (channels, channels, kernel, kernel), channels)
     for name in _TRANSPOSED:
         wide = width(name)
         expect(name, (channels, wide, 4, 4), wide)

@@ -71,8 +71,8 @@ def probe(kind: Kind, load: Callable[[Path], Any]) -> Arithmetic:
         for name, product in zip(names, products, strict=False):
             error = np.abs(product - exact)
             if not error.max() <= limit and name not in wrong:  # also what is no number
-                place = np.unravel_index(error.argmax(), error.shape)
-                wrong[name] = float(product[place] / exact[place])
+                index = np.unravel_index(error.argmax(), error.shape)
+                wrong[name] = float(product[index] / exact[index])
     return Arithmetic(kind, wrong)
 
 

@@ -33,7 +33,7 @@ except (ImportError, OSError, AttributeError) as error:
         ) from error
     raise MissingExtraError(  # one of its libraries is missing, or it was built for another numpy
         expected="an onnxruntime that can be imported",
-        found=(str(error) or "that it cannot be imported").splitlines()[0],
+        found=(str(error) or "one that cannot be imported").splitlines()[0],
         action='Install it again: `pip install --force-reinstall "paliedge[cpu]"`.',
     ) from error
 

@@ -24,8 +24,8 @@ class Bundle:
 
     Raises:
         BundleError: no bundle at `folder`, a manifest that is not valid, or a file that is missing, not
-            regular or of another size; with `check_hashes`, a file of another digest, too. Engines can
-            be built again: without `check_engines` their files are not looked at.
+            regular or of another size. With `check_hashes` a file of another digest is one, too. Engines
+            can be built again: without `check_engines` their files are not looked at.
     """
 
     def __init__(self, folder: Path, *, check_hashes: bool = True, check_engines: bool = True) -> None:

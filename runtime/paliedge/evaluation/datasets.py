@@ -139,8 +139,8 @@ def open_coco(dataset: Path, *, masks: bool) -> CocoDataset:
         raise _unusable(file, "no annotation", _COCO_ACTION)
     folders = [file.parent, file.parent.parent] if file.parent.name == "annotations" else [file.parent]
     split = file.stem.removeprefix("instances_")
-    places = [folder / name for folder in folders for name in ("", "images", split, f"images/{split}")]
-    paths = _locate([image.file_name for image in content.images], places, file)
+    candidates = [folder / name for folder in folders for name in ("", "images", split, f"images/{split}")]
+    paths = _locate([image.file_name for image in content.images], candidates, file)
     images = (
         CocoImage(path, _size(image), tuple(by_image[image.id]))
         for path, image in zip(paths, content.images, strict=True)

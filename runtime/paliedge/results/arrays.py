@@ -112,10 +112,10 @@ def boxes_from_detections(detections: Sequence[Detection], cls: Sequence[int], o
 
 def masks_from_detections(detections: Sequence[Detection], orig_shape: tuple[int, int]) -> Masks | None:
     """The masks; None where no detection has one."""
-    places = [place for place, item in enumerate(detections) if item.mask]
-    if not places:
+    indices = [index for index, item in enumerate(detections) if item.mask]
+    if not indices:
         return None
-    return Masks(tuple(detections[place] for place in places), np.array(places, np.int64), orig_shape)
+    return Masks(tuple(detections[index] for index in indices), np.array(indices, np.int64), orig_shape)
 
 
 def outline_of(detection: Detection) -> Polygon:

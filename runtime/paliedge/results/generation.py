@@ -288,8 +288,8 @@ class Generation:
         }
 
     def _classes(self) -> list[int]:
-        places = {label: place for place, label in self.names.items()}
-        return [places[item.label] for item in self.detections]
+        indices = {label: index for index, label in self.names.items()}
+        return [indices[item.label] for item in self.detections]
 
 
 @contextmanager

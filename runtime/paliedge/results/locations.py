@@ -123,9 +123,9 @@ class LocationParser:
     def push(self, token: int, log_prob: float) -> list[Detection]:
         """Take the next token; returns the detections that it completes."""
         tokens = self._tokens
-        if 0 <= (place := token - tokens.first_location) < tokens.num_locations:
+        if 0 <= (location := token - tokens.first_location) < tokens.num_locations:
             done = self.finish() if self._codes or self._text else []
-            self._bins.append(place)
+            self._bins.append(location)
             self._log_probs.append(log_prob)
             return done
         if not self._bins:
@@ -172,7 +172,7 @@ class LocationParser:
 
     def _edges(self, bins: Sequence[int]) -> _Box:
         """Four bins as edges x1, y1, x2, y2, of which 0 to 1 lies in the image."""
-        y1, x1, y2, x2 = (place / (self._tokens.num_locations - 1) for place in bins)
+        y1, x1, y2, x2 = (location / (self._tokens.num_locations - 1) for location in bins)
         left, top, right, bottom = self._content_box
         (x1, x2), (y1, y2) = (
             ((first - low) / (high - low), (last - low) / (high - low))
