@@ -145,7 +145,7 @@ def test_a_report_can_be_written_as_json(gpu: type[FakeGpu], gpu_memory: list[in
     assert set(found) == set(RunReport.__dataclass_fields__)
 
 
-def test_a_gpu_runs_with_and_without_its_graph_one_after_the_other(gpu: type[FakeGpu], gpu_memory: list[int]) -> None:
+def test_a_gpu_runs_with_its_graph_after_a_run_without(gpu: type[FakeGpu], gpu_memory: list[int]) -> None:
     report = check()
     assert report.backend == "using a fake with a CUDA graph"
     assert report.graph_equal is True
@@ -221,7 +221,7 @@ def test_a_few_bytes_are_no_growth_and_are_told(gpu: type[FakeGpu]) -> None:
     assert MEGABYTE < check(use_cuda_graph=False).host_growth < 4 * MEGABYTE
 
 
-def test_growth_is_looked_for_even_if_one_answer_has_all_the_steps(gpu: type[FakeGpu]) -> None:
+def test_growth_is_looked_for_if_one_answer_has_all_steps(gpu: type[FakeGpu]) -> None:
     """An answer may be longer than the steps that were asked for; then a second one is measured."""
     gpu.leak = MEGABYTE
     with pytest.raises(DeviceError, match="growth"):

@@ -90,7 +90,7 @@ def test_all_targets_pass_the_gate(precision: Precision, mild: Path, tmp_path: P
     assert levels == {4}  # products of integers: with 0, 8-bit weights are a hundred times slower
 
 
-def test_without_a_comparison_nothing_is_answered_that_only_judges(tmp_path: Path) -> None:
+def test_without_comparison_no_answer_is_made_to_judge_alone(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     make_tiny(folder, "paligemma", **MILD)
     bring_samples(folder, 48)
@@ -126,7 +126,7 @@ def bits_of_weights(folder: Path, file: str) -> dict[str, int]:
     }
 
 
-def test_linear_layers_are_integers_and_what_stands_around_them_is_not(mild: Path, tmp_path: Path) -> None:
+def test_linear_layers_alone_are_integers(mild: Path, tmp_path: Path) -> None:
     manifest = export(mild, tmp_path / "b", "int4", "jetpack6", compare=False)
     decoder = bits_of_weights(tmp_path / "b", manifest.targets["jetpack6"].decoder.file)
     vision = bits_of_weights(tmp_path / "b", manifest.targets["jetpack6"].vision_encoder.file)

@@ -115,7 +115,7 @@ def test_more_images_than_fit_or_none_are_refused(both: Both, count: int) -> Non
         both.ours.caption(ImageSet(*(IMAGES * 2)[:count]))
 
 
-def test_what_a_prompt_made_of_an_image_is_no_good_for_another_prompt(both: Both) -> None:
+def test_cache_rows_of_an_image_depend_on_the_prompt(both: Both) -> None:
     """Image tokens see the prompt: their keys and values must be computed anew, only their features are kept."""
     session, embed = both.ours._session, both.ours._answerer._embed
     encoded = both.ours.encode(IMAGES[0])
@@ -131,7 +131,7 @@ def test_what_a_prompt_made_of_an_image_is_no_good_for_another_prompt(both: Both
 
 
 @pytest.mark.parametrize("make", [list, tuple])
-def test_a_list_of_pictures_is_refused_with_both_things_it_may_mean(
+def test_a_list_of_pictures_is_refused_with_both_meanings(
     both: Both, make: type[list[Any]] | type[tuple[Any, ...]]
 ) -> None:
     with pytest.raises(UsageError, match=r"ImageSet.*generate_batch"):

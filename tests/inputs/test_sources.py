@@ -189,7 +189,7 @@ def live(source: FakeSource, watchdog_s: float = 5, **options: Any) -> tuple[Liv
     return frames, lines, waits
 
 
-def test_a_slow_taker_gets_the_newest_frame_and_the_others_are_counted() -> None:
+def test_a_slow_taker_gets_the_newest_frame_others_are_counted() -> None:
     frames, _, _ = live(source := FakeSource(endless))
     iterator = iter(frames)
     numbers = []
@@ -287,7 +287,7 @@ def test_what_no_reconnect_can_mend_ends_it_at_once() -> None:
     assert not lines
 
 
-def test_an_unforeseen_error_in_the_reader_does_not_hang_the_taker() -> None:
+def test_an_unforeseen_error_of_the_reader_hangs_no_taker() -> None:
     def broken() -> Iterator[FrameThunk]:
         raise ZeroDivisionError
         yield

@@ -178,7 +178,7 @@ def _read_dimensions(archive: _Archive) -> ModelConfig:
     layers, _, vision_heads, _ = archive.shape(f"{_ATTENTION}/query/kernel", 4)
     grid = math.isqrt(num_patches)
     if grid**2 != num_patches:
-        raise archive.broken(f"{num_patches} places of patches, which make no square")
+        raise archive.broken(f"{num_patches} patches, which make no square")
     depth, heads, hidden, dim = archive.shape("llm/layers/attn/q_einsum/w", 4)
     second = "llm/layers/post_attention_norm/scale" in archive
     scaled_by = hidden / heads if hidden == GEMMA2_27B_WIDTH else dim

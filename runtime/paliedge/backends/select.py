@@ -65,7 +65,7 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
     reasons: list[str] = []
     mismatch: EngineMismatchError | None = None
     if options.backend == "auto" and not bundle.manifest.engines and _is_for_gpu(bundle.manifest):
-        reasons.append(f"it has no engines yet: `paliedge build {bundle.folder}` on the machine that will run them")
+        reasons.append(f"no engines yet: `paliedge build {bundle.folder}` on the machine that will run them")
     for backend in _candidates(bundle.manifest, options):
         if backend in ("cuda", "cpu") and mismatch and options.on_mismatch == "error":
             raise mismatch

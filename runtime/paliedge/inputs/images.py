@@ -92,7 +92,7 @@ def _decode_file(stream: BinaryIO, name: str) -> Image.Image:
                 action="Convert it to one of these formats.",
             ) from error
         except Image.DecompressionBombError as error:
-            raise _too_large("too many to count") from error
+            raise _too_large("countless") from error
         except Exception as error:
             raise _damaged(name) from error
         _check_size(image.size)

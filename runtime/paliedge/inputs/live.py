@@ -62,7 +62,7 @@ class _ReaderThread(threading.Thread):
         self._is_stopped = False
 
     def run(self) -> None:
-        error: PaliEdgeError = lost("its end")
+        error: PaliEdgeError = lost("the end of the stream")
         try:
             with closing(self._feed()) as shots:
                 for shot in shots:

@@ -92,7 +92,7 @@ def test_a_bundle_without_graphs_for_this_tensorrt_is_refused(bundle: Path, tmp_
     assert caught.value.exit_code == 4
 
 
-def test_the_workspace_is_a_gigabyte_or_twice_the_largest_activations(
+def test_workspace_is_a_gigabyte_or_twice_the_activations(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with machine_with(tmp_path) as machine:
