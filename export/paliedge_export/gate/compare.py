@@ -166,7 +166,7 @@ def _first_difference(a: TeacherForcedAnswer, b: TeacherForcedAnswer) -> int | N
 
 
 def _box_ious(expected: TeacherForcedAnswer, found: Sequence[int], tokens: Tokens) -> list[float]:
-    """IoU of each box that the reference means with the four tokens at its place."""
+    """IoU of each box that the reference means with the four tokens at its position."""
 
     def bins(ids: Sequence[int]) -> list[int]:
         return [token - tokens.first_location for token in ids]

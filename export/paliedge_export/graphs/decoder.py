@@ -6,7 +6,7 @@ One graph serves prefill (S = prefix) and decode (S = 1), unless prefill has one
 - "rows": the cache inputs have whatever length the caller gives them, none (or one hidden row) at
   prefill, the whole fixed capacity afterwards. The graph returns the new rows; the caller stores them.
 - "in_place": the cache inputs have the fixed capacity always. TensorScatter writes the new rows at
-  their places; each cache output is the whole cache and may lie where its input does.
+  their positions; each cache output is the whole cache and may lie where its input does.
 
 Who sees whom, for a prefix of 4 (i image, p prompt), 2 generated tokens (g) and a capacity of 8.
 It is drawn for "rows"; "in_place" has the same squares with the new columns inside the cache:

@@ -261,8 +261,8 @@ class Comparison(_Strict, frozen=True):
         token_match: share of equal tokens.
         sure_token_match: the same among tokens to which the reference gave a probability of 0.5 or
             more; None where there were none.
-        first_difference: place of the first token that differs in any answer; None if all are equal.
-        box_iou: mean IoU of the reference's boxes and those at the same place; None without boxes.
+        first_difference: index of the first token that differs in any answer; None if all are equal.
+        box_iou: mean IoU of the reference's boxes and those at the same position; None without boxes.
     """
 
     reference: str

@@ -70,7 +70,7 @@ class Masks:
 
     Attributes:
         detections: M detections with a mask.
-        index: [M] int64; the place of each among the answer's boxes.
+        index: [M] int64; the index of each among the answer's boxes.
         orig_shape: height and width of the image in pixels.
     """
 

@@ -150,7 +150,7 @@ class LocationParser:
         if codes and len(codes) != CODES_PER_MASK:
             self.num_malformed += 1
             codes = []
-        found = []
+        detections = []
         for start in range(0, len(bins), 4):
             said = self._edges(bins[start : start + 4])
             box = _cut(said)
@@ -158,7 +158,7 @@ class LocationParser:
                 self.num_malformed += 1
                 continue
             is_last = start + 4 == len(bins)
-            found.append(
+            detections.append(
                 Detection(
                     (label if is_last else "") or self._requested_label,
                     self._in_pixels(box),
@@ -168,7 +168,7 @@ class LocationParser:
                     uncut_box=None if said == box else self._in_pixels(said),
                 )
             )
-        return found
+        return detections
 
     def _edges(self, bins: Sequence[int]) -> _Box:
         """Four bins as edges x1, y1, x2, y2, of which 0 to 1 lies in the image."""
