@@ -165,7 +165,7 @@ def test_without_a_graph_there_is_nothing_to_compare(gpu: type[FakeGpu]) -> None
 @pytest.mark.parametrize("error", [0.003, -0.01, 5.0])
 def test_a_graph_that_changes_a_score_is_found(error: float, gpu: type[FakeGpu]) -> None:
     gpu.graph_error = error
-    with pytest.raises(DeviceError, match=r"without; found others.*--no-cuda-graph"):
+    with pytest.raises(DeviceError, match=r"without; found other answers.*--no-cuda-graph"):
         check()
 
 

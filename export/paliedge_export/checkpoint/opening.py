@@ -34,7 +34,7 @@ def open_checkpoint(checkpoint: str, lora: Path | None) -> Checkpoint:
     if lora and adapter:
         raise UsageError(
             expected=f"one adapter: {adapter} holds one with its base model",
-            found=f"--lora {lora}, too",
+            found=f"a second one, --lora {lora}",
             action=f"Leave out --lora, or name {folder} as CHECKPOINT.",
         )
     config = read_config(folder)

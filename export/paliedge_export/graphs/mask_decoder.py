@@ -69,7 +69,9 @@ def load_mask_decoder(path: Path, num_codes: int) -> dict[str, Array]:
                 action=_ACTION,
             )
         if not np.isfinite(tensors[name]).all():
-            raise CheckpointError(expected=f"numbers in '{name}' of {path}", found="infinities or NaN", action=_ACTION)
+            raise CheckpointError(
+                expected=f"finite numbers in '{name}' of {path}", found="infinities or NaN", action=_ACTION
+            )
     return tensors
 
 

@@ -87,7 +87,7 @@ def check_run(bundle: Bundle, options: BackendOptions, num_decodes: int = NUM_DE
         if bundle.manifest.engines and options.backend == "auto" and not model.has_device_clock:
             raise EngineMismatchError(
                 expected="an engine of the bundle that runs here",
-                found=lines[-1],
+                found=f"a run {lines[-1]}",
                 action=f"Run `paliedge doctor {bundle.folder}`; for ONNX Runtime alone use --backend cpu.",
             )
         golden = verify_golden(bundle, model)
