@@ -46,7 +46,6 @@ def copy_bundle(bundle: Path, folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Bundles for both targets, in fp16, without engines."""
-    from paliedge.bundle.manifest import Limits
     from paliedge_export.exporter import export_bundle
     from tests.tiny import make_tiny
 
@@ -58,8 +57,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             checkpoint = folder / f"{name}.checkpoint"
             make_tiny(checkpoint, name, **TINY[name])
         made[name] = folder / name
-        limits = Limits(prefix=MAX_PROMPT_TOKENS, new_tokens=MAX_NEW_TOKENS)
-        export_bundle(str(checkpoint), made[name], targets=tuple(VERSIONS), limits=limits, compare=False)
+        export_bundle(
+            str(checkpoint),
+            made[name],
+            targets=tuple(VERSIONS),
+            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            max_new_tokens=MAX_NEW_TOKENS,
+            compare=False,
+        )
     return made
 
 

@@ -69,7 +69,7 @@ def _read_colour(context: click.Context, parameter: click.Parameter, value: str 
     "--sensitivity",
     type=click.FloatRange(0, 100),
     metavar="PERCENT",
-    help="For int8 and int4: quantise each linear layer alone, rank them by the error, and keep the worst in 16 bits "
+    help="For int8 and int4: quantise each linear layer alone and rank them by the error. The worst stay in 16 bits "
     "while the layers' weights grow by at most this much; 0 only ranks. Takes two prompts a layer.",
     group="Comparison",
 )
@@ -182,7 +182,6 @@ def export(
     try:
         import msgspec
 
-        from paliedge.bundle.manifest import Limits
         from paliedge_export.exporter import export_bundle
         from paliedge_export.options import Quantization
     except ModuleNotFoundError as error:
@@ -196,7 +195,8 @@ def export(
         output,
         targets=targets,
         precision=precision,
-        limits=Limits(prefix=max_prompt_tokens, new_tokens=max_new_tokens),
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
         quantization=Quantization(
             calibrate, None if sensitivity is None else sensitivity / 100, head_vocab, fast_prefill
         ),

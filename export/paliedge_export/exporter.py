@@ -36,7 +36,8 @@ from paliedge_export.gate.runner import ReferenceRun, Runner, collect_statistics
 from paliedge_export.gate.sensitivity import NUM_SAMPLES, Trial, keep_worst, rank_layers
 from paliedge_export.graphs.mask_decoder import find_mask_decoder, load_mask_decoder
 from paliedge_export.options import (
-    DEFAULT_LIMITS,
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULT_MAX_PROMPT_TOKENS,
     DEFAULT_QUANTIZATION,
     Quantization,
     check_precision,
@@ -77,7 +78,8 @@ def export_bundle(
     *,
     targets: Sequence[str] = ("cpu",),
     precision: Precision | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     quantization: Quantization = DEFAULT_QUANTIZATION,
     mask_decoder: Path | None = None,
     adapters: Sequence[str | Path] = (),
@@ -89,18 +91,26 @@ def export_bundle(
     compare: bool = True,
     report: Report = lambda line: None,
 ) -> Manifest:
-    """Export `checkpoint` (a folder, a hub id, or big_vision's .npz beside a tokenizer.json) as the bundle `output`.
+    """Export `checkpoint` as the bundle `output`.
 
     One bundle may serve several targets. All have one precision: fp32 for `cpu` alone, fp16 for others,
     unless told. int8 and int4 are calibrated with the fp32 graphs. The last step runs every target's graphs
-    with ONNX Runtime against a reference: transformers for fp32 where torch is installed, the fp32 graphs for
-    any other precision (bf16 is emulated, ONNX Runtime has no kernels for it on a CPU). The manifest that it
-    returns says what was measured, and what was not compared and why. `mask_decoder` names big_vision's
-    vae-oid.npz or the same as .safetensors; unless given it is looked for beside the checkpoint. `adapters`, `revision` and
-    `force_base` are those of `open_checkpoint`. `prompts` names one of `PRESETS` or a JSON file of templates;
-    unless given the checkpoint's name decides. A request may have `max_images` images. With
-    `letterbox`, a colour, pictures are not squashed but padded with it; Roboflow's packages say so themselves.
-    `report` gets a line a stage.
+    with ONNX Runtime against a reference. That is transformers for fp32 where torch is installed, and the fp32
+    graphs for any other precision; bf16 is emulated: ONNX Runtime has no kernels for it on a CPU. The manifest
+    that it returns says what was measured, and what was not compared and why.
+
+    Args:
+        checkpoint: a folder, a hub id, or big_vision's .npz beside a tokenizer.json.
+        output: folder of the bundle.
+        targets, precision: see above.
+        max_prompt_tokens, max_new_tokens, max_images: of a request; image tokens do not count as prompt.
+        quantization: how an int8 or int4 bundle is made.
+        mask_decoder: big_vision's vae-oid.npz or .safetensors; unless given it is looked for beside the checkpoint.
+        adapters, revision, force_base: see `open_checkpoint`.
+        prompts: one of `PRESETS` or a JSON file of templates; unless given the checkpoint's name decides.
+        letterbox: a colour; pictures are padded with it and not squashed. Roboflow's packages say so themselves.
+        compare: run the last step.
+        report: gets a line a stage.
 
     Raises:
         CheckpointError: the checkpoint, the mask decoder or the adapter cannot be read, or is no PaliGemma's.
@@ -109,9 +119,8 @@ def export_bundle(
             the precision, or there is nothing to calibrate with.
     """
     opened = open_checkpoint(checkpoint, adapters, revision=revision, force_base=force_base, report=report)
-    folder, config = opened.folder, opened.config
     chosen = precision or ("fp32" if set(targets) == {"cpu"} else "fp16")
-    check_precision(config, targets, chosen)
+    check_precision(opened.config, targets, chosen)
     check_quantization(chosen, targets, quantization)
     tokenizer = read_tokenizer(opened.folders)
     tokens, notes = read_ends(opened.folders, tokenizer)
@@ -124,16 +133,16 @@ def export_bundle(
     if quantization.head_vocabulary:
         vocabulary = choose_head_vocabulary(quantization.head_vocabulary, tokenizer.content, tokens, samples)
     name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
-    prefix = limits.prefix + max_images * config.vision.num_image_tokens
+    prefix = max_prompt_tokens + max_images * opened.config.vision.num_image_tokens
     masks_file = mask_decoder or next(filter(None, map(find_mask_decoder, opened.folders)), None)
     masks = load_mask_decoder(masks_file, tokens.num_segmentations) if masks_file else None
     source = ModelSource(
         name=name,
-        folder=folder,
-        config=config,
+        folder=opened.folder,
+        config=opened.config,
         tokens=tokens,
         tokenizer=tokenizer.content,
-        limits=msgspec.structs.replace(limits, prefix=prefix),
+        limits=Limits(prefix=prefix, new_tokens=max_new_tokens),
         vocabulary=vocabulary,
         mask_decoder=masks,
         prompts=choose_prompts(prompts, name),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paliedge.bundle.manifest import Limits, Precision
+from paliedge.bundle.manifest import Precision
 from paliedge.errors import UsageError
 from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.checkpoint.config import ModelConfig
@@ -16,8 +16,8 @@ from paliedge_export.weights.activations import STATISTICS
 from paliedge_export.weights.files import QUANTIZED
 from paliedge_export.weights.samples import FOLDER, SampleFolder, open_samples
 
-DEFAULT_LIMITS = Limits(prefix=128, new_tokens=256)
-"""Here `prefix` counts the prompt alone; the manifest's adds the image tokens."""
+DEFAULT_MAX_PROMPT_TOKENS, DEFAULT_MAX_NEW_TOKENS = 128, 256
+"""Of a request without its image tokens, and of an answer. The manifest's `Limits.prefix` counts image tokens too."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Quantization:
         calibrate: a folder of images, with JSONL files of prompts if there are any, or a bundle (or its
             calibration.safetensors) whose statistics are taken again. Without it the checkpoint's own folder
             `calibration`, if it has one. Other precisions are compared on these samples.
-        sensitivity: rank the layers, and keep the worst in 16 bits while the weights of the linear layers
-            grow by no more than this share; None leaves it out.
+        sensitivity: rank the layers. The worst stay in 16 bits while the weights of the linear layers grow by
+            no more than this share; None leaves it out.
         head_vocabulary: "detect" or a file of labels: the head keeps only what such answers need.
         fast_prefill: of int4 for `cpu`: a second graph with 8-bit weights for the prefix, which ONNX Runtime
-            multiplies at twice the rate; the bundle and its memory are about twice as large.
+            multiplies at twice the rate. The bundle and its memory are about twice as large.
         smooth: scale activations into the weights.
     """
 

@@ -25,15 +25,14 @@ class Lowering:
 
     Attributes:
         opset: of the default domain.
-        operators: "contrib", com.microsoft's attention in the vision encoder, and its sum with a norm in the
-            decoder; "primitive", all written out; "fused", ONNX's Attention, but for Gemma 2: TensorRT's
+        operators: "contrib" has com.microsoft's attention in the vision encoder, and its sum with a norm in the
+            decoder. "primitive" has all written out. "fused" has ONNX's Attention, but not for Gemma 2: TensorRT's
             has no softcap.
         cache_update: "rows", the graph returns new rows; "in_place", TensorScatter writes them.
         accumulate_float32: ask TensorRT to add up float16 products in float32. Not on 10.3, of which
             nobody here knows whether it would keep float32 copies of the weights instead.
-        layout: of integer weights. "contrib" computes in float32 beside them and beside float16 ones, which is
-            what ONNX Runtime's CPU kernels are fast at; on ARM, from 1.29 on, they add float16 products up in
-            float16.
+        layout: of integer weights. "contrib" computes in float32 beside them and beside float16 ones: ONNX
+            Runtime's CPU kernels are fast at that. On ARM, from 1.29 on, they add float16 products up in float16.
     """
 
     opset: int

@@ -277,7 +277,7 @@ def test_a_bundle_without_engines_says_how_to_get_them(bundles: dict[str, Path],
     bundle = bundles["paligemma"]
     with fake_machine(tmp_path / "machine", tensorrt=TENSORRT, rtx=RTX_VERSION, cuda=FakeCuda()):
         line = open_and_close(bundle)
-        assert line.startswith("using ONNX Runtime on the CPU (it has no engines yet: `paliedge build ")
+        assert line.startswith("using ONNX Runtime on the CPU (no engines yet: `paliedge build ")
         for flavour in ("tensorrt", "rtx"):
             with pytest.raises(EngineMismatchError, match=f"paliedge build {bundle} --flavour {flavour}"):
                 open_session(Bundle(bundle), BackendOptions(flavour), pytest.fail)

@@ -135,7 +135,7 @@ def test_a_whole_bundle_gets_as_far_as_the_session(copy: Path) -> None:
 @pytest.mark.usefixtures("no_session")
 @pytest.mark.parametrize("tamper", TAMPER, ids=lambda tamper: tamper.__name__)
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_a_file_that_was_tampered_with_is_found_before_anything_is_loaded(
+def test_a_tampered_file_is_found_before_anything_is_loaded(
     name: str, tamper: Callable[[Path], None], copy: Path
 ) -> None:
     tamper(copy / name)
@@ -153,12 +153,12 @@ def test_files_that_changed_places_are_found(names: tuple[str, str], copy: Path)
 
 
 @pytest.mark.usefixtures("no_session")
-def test_a_link_is_refused_though_the_manifest_has_its_size_and_digest(copy: Path) -> None:
+def test_a_link_is_refused_though_size_and_digest_are_right(copy: Path) -> None:
     replace_by_symlink(copy / "decoder.fp32.weights")
     manifest = read_manifest(copy)
     manifest["files"]["decoder.fp32.weights"]["size"] = (copy / "decoder.fp32.weights").lstat().st_size
     save_manifest(copy, manifest)
-    assert assert_refused(copy).found == "'decoder.fp32.weights' is no regular file"
+    assert assert_refused(copy).found == "'decoder.fp32.weights', which is no regular file"
 
 
 @pytest.mark.usefixtures("no_session")
@@ -344,7 +344,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(name: str, tmp_path: Path) -> 
     assert assert_refused(tmp_path / name).found == "no bundle.json there"
 
 
-def test_a_target_that_the_bundle_lacks_is_named_with_those_it_has(exported: Path) -> None:
+def test_a_missing_target_is_named_with_those_there_are(exported: Path) -> None:
     with pytest.raises(EngineMismatchError, match="found only cpu") as caught:
         Bundle(exported).target("jetpack6")
     assert caught.value.exit_code == 4
@@ -402,7 +402,7 @@ def test_a_copy_elsewhere_is_read_for_itself(copy: Path, hashed: list[str]) -> N
     assert sorted(hashed) == sorted(FILES)
 
 
-def test_a_file_that_changed_after_it_passed_is_found_and_stays_found(copy: Path) -> None:
+def test_a_file_changed_after_it_passed_is_found_every_time(copy: Path) -> None:
     Bundle(copy)
     flip_byte(copy / "decoder.fp32.weights")
     for _ in range(2):
@@ -420,9 +420,7 @@ def test_damaged_notes_of_digests_only_cost_the_time(
     assert sorted(hashed) == sorted(FILES)
 
 
-def test_a_cache_folder_that_cannot_be_written_only_costs_the_time(
-    copy: Path, cache_home: Path, hashed: list[str]
-) -> None:
+def test_an_unwritable_cache_folder_only_costs_time(copy: Path, cache_home: Path, hashed: list[str]) -> None:
     cache_home.write_text("a file where a folder should be")
     Bundle(copy)
     Bundle(copy)

@@ -61,7 +61,7 @@ def test_vqa_accuracy_of_few_answers_is_agreement_with_one() -> None:
         ("it's", "it's"),
     ],
 )
-def test_answers_are_compared_without_case_punctuation_and_articles(text: str, normal: str) -> None:
+def test_case_punctuation_and_articles_do_not_count(text: str, normal: str) -> None:
     assert metrics.normalize_answer(text) == normal
 
 
@@ -220,7 +220,7 @@ def test_boxes_are_read_whatever_the_masks_are_like(tmp_path: Path) -> None:
     assert open_coco(tmp_path, masks=False).images[0].annotations[0].segmentation is None
 
 
-def test_a_folder_without_coco_annotations_says_where_they_could_be(tmp_path: Path) -> None:
+def test_without_coco_annotations_it_says_where_they_could_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         open_coco(tmp_path / "absent", masks=False)
     with pytest.raises(UsageError, match=r"found none.*_annotations\.coco\.json"):
@@ -230,7 +230,7 @@ def test_a_folder_without_coco_annotations_says_where_they_could_be(tmp_path: Pa
         open_coco(tmp_path, masks=False)
     for split in ("train", "val"):
         write_coco(tmp_path, f"annotations/instances_{split}.json")
-    with pytest.raises(UsageError, match=r"several: .*instances_train\.json, .*instances_val\.json.*Name one"):
+    with pytest.raises(UsageError, match=r"several files: .*instances_train\.json, .*instances_val\.json.*Name one"):
         open_coco(tmp_path, masks=False)
 
 
@@ -384,7 +384,7 @@ def test_boxes_without_masks_score_nothing_as_masks(dataset: CocoDataset) -> Non
     assert (outcome.scores["ap"], outcome.scores["mask_ap"]) == pytest.approx((1, 0))
 
 
-def test_shifted_boxes_score_zero_and_a_wrong_one_with_more_confidence_costs(dataset: CocoDataset) -> None:
+def test_shifted_boxes_score_zero_and_a_sure_wrong_one_costs(dataset: CocoDataset) -> None:
     away = (0.0, 10.0, 8.0, 20.0)
     assert evaluate({"a.png": [found("cat", away)], "b.png": []}, dataset, "detect")[0].scores["ap50"] == 0
     both = [found("cat", away, 0.95), found("cat", CAT, 0.9)]
@@ -395,7 +395,7 @@ def test_shifted_boxes_score_zero_and_a_wrong_one_with_more_confidence_costs(dat
     assert evaluate({"a.png": last, "b.png": []}, dataset, "detect")[0].scores["ap50"] == pytest.approx(1)
 
 
-def test_labels_differ_not_by_case_and_others_count_against_the_picture_alone(dataset: CocoDataset) -> None:
+def test_case_of_labels_is_ignored_others_count_against_picture(dataset: CocoDataset) -> None:
     outcome, _ = evaluate({"a.png": [found("Cat", CAT), found("cow", CAT)], "b.png": []}, dataset, "detect")
     assert outcome.scores["ap"] == pytest.approx(1)
     assert outcome.cases[0].score == pytest.approx(2 / 3)
@@ -420,7 +420,7 @@ def test_one_by_one_counts_the_image_once_and_every_prompt(dataset: CocoDataset)
     assert outcome.scores["ap"] == pytest.approx(1)
 
 
-def test_an_unreadable_picture_and_one_of_another_size_are_left_out(tmp_path: Path) -> None:
+def test_unreadable_pictures_and_other_sizes_are_left_out(tmp_path: Path) -> None:
     images = [{"id": 7, "file_name": "a.png", "width": 41, "height": 20}, {"id": "8", "file_name": "b.png"}]
     dataset = open_coco(write_coco(tmp_path, images=images), masks=True)
     outcome, listener = evaluate({"a.png": [], "b.png": []}, dataset)
@@ -444,7 +444,7 @@ def test_too_many_labels_for_one_prompt_say_what_helps(tmp_path: Path) -> None:
     assert evaluate(RIGHT, dataset, "detect", one_by_one=True)[0].scores["ap"] == pytest.approx(1 / 3)
 
 
-def test_a_mask_of_another_size_than_its_picture_is_an_error_of_that_picture(tmp_path: Path) -> None:
+def test_a_mask_of_another_size_is_an_error_of_its_picture(tmp_path: Path) -> None:
     small = ONE | {"segmentation": {"size": [2, 2], "counts": [2, 2]}}
     dataset = open_coco(write_coco(tmp_path, annotations=[small]), masks=True)
     _, listener = evaluate(RIGHT, dataset)
@@ -463,7 +463,7 @@ class Writing:
         return Generation(prompt.upper(), (), (), (), 0, SIZE_WH, "length", Timings(1.0, 2.0, 3.0, (4.0,)))
 
 
-def test_a_prompt_that_is_too_long_is_left_out_and_the_others_are_asked(tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long_is_left_out_others_are_not(tmp_path: Path) -> None:
     rows = [("ocr", "OCR"), ("x" * 21, "X"), (None, "READ")]
     lines = [json.dumps({"image": "a.png", "prefix": prefix, "suffix": suffix}) for prefix, suffix in rows]
     examples, listener = open_texts(write_lines(tmp_path, *lines), needs_prompt=False), Listener()

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from paliedge import PaliGemma
 from paliedge.bundle.bundle import Bundle
-from paliedge.bundle.manifest import Limits, Manifest, Precision
+from paliedge.bundle.manifest import Manifest, Precision
 from paliedge.diagnostics.verify import verify_golden
 from paliedge.errors import PrecisionError, UsageError
 from paliedge_export.checkpoint.config import read_config
@@ -90,7 +90,7 @@ def test_all_targets_pass_the_gate(precision: Precision, mild: Path, tmp_path: P
     assert levels == {4}  # products of integers: with 0, 8-bit weights are a hundred times slower
 
 
-def test_without_a_comparison_nothing_is_answered_that_only_judges(tmp_path: Path) -> None:
+def test_without_comparison_no_answer_is_made_to_judge_alone(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     make_tiny(folder, "paligemma", **MILD)
     bring_samples(folder, 48)
@@ -126,7 +126,7 @@ def bits_of_weights(folder: Path, file: str) -> dict[str, int]:
     }
 
 
-def test_linear_layers_are_integers_and_what_stands_around_them_is_not(mild: Path, tmp_path: Path) -> None:
+def test_linear_layers_alone_are_integers(mild: Path, tmp_path: Path) -> None:
     manifest = export(mild, tmp_path / "b", "int4", "jetpack6", compare=False)
     decoder = bits_of_weights(tmp_path / "b", manifest.targets["jetpack6"].decoder.file)
     vision = bits_of_weights(tmp_path / "b", manifest.targets["jetpack6"].vision_encoder.file)
@@ -373,10 +373,16 @@ def test_sample_prompts_over_the_limit_are_refused(target: str, tmp_path: Path) 
 
 @pytest.mark.opset24
 @pytest.mark.parametrize("target", ["cpu", "jetpack7"])
-def test_small_limits_are_kept_by_the_comparison_and_the_golden_answers(target: str, tmp_path: Path) -> None:
+def test_comparison_and_golden_answers_keep_small_limits(target: str, tmp_path: Path) -> None:
     make_tiny(tmp_path / "checkpoint", "paligemma")
-    limits = Limits(prefix=8, new_tokens=3)
-    export_bundle(str(tmp_path / "checkpoint"), tmp_path / "b", targets=[target], precision="fp16", limits=limits)
+    export_bundle(
+        str(tmp_path / "checkpoint"),
+        tmp_path / "b",
+        targets=[target],
+        precision="fp16",
+        max_prompt_tokens=8,
+        max_new_tokens=3,
+    )
     bundle = Bundle(tmp_path / "b")
     with PaliGemma.load(tmp_path / "b") as model:
         checked = verify_golden(bundle, model)

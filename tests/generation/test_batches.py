@@ -16,7 +16,6 @@ from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import Generation, GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtCache, OrtSession
 from paliedge.backends.session import FloatArray, GeneratedToken, IdRange
-from paliedge.bundle.manifest import Limits
 from paliedge.errors import ImageError, UsageError
 from paliedge_export.exporter import export_bundle
 from tests.answers import answer_together
@@ -55,13 +54,13 @@ def load_tiny(folder: Path, family: str, target: str, precision: Any) -> PaliGem
     (folder / "checkpoint" / "calibration").mkdir()
     for number, image in enumerate(IMAGES):
         Image.fromarray(image).save(folder / "checkpoint" / "calibration" / f"{number}.png")
-    limits = Limits(prefix=40, new_tokens=12)
     export_bundle(
         str(folder / "checkpoint"),
         folder / "bundle",
         targets=[target],
         precision=precision,
-        limits=limits,
+        max_prompt_tokens=40,
+        max_new_tokens=12,
         compare=False,
     )
     return PaliGemma.load(folder / "bundle")
@@ -101,9 +100,7 @@ def test_int8_on_the_cpu_answers_one_after_another(tmp_path: Path, widths: list[
         assert set(widths) == {1}
 
 
-def test_real_answers_of_different_length_with_boxes_masks_and_restricted_labels(
-    shapes: PaliGemma, widths: list[int]
-) -> None:
+def test_real_answers_of_different_length_boxes_and_masks(shapes: PaliGemma, widths: list[int]) -> None:
     scenes = [make_scene(HELD_OUT_SEED + seed) for seed in range(6)]
     requests = []
     for scene in scenes:
@@ -122,9 +119,7 @@ def test_real_answers_of_different_length_with_boxes_masks_and_restricted_labels
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_bad_picture_is_told_in_its_turn_and_the_others_are_answered(
-    shapes: PaliGemma, size: int, overlap: bool
-) -> None:
+def test_a_bad_picture_is_told_in_turn_others_are_answered(shapes: PaliGemma, size: int, overlap: bool) -> None:
     scenes = [make_scene(HELD_OUT_SEED + seed).image for seed in range(4)]
     pictures: list[Any] = [*scenes[:2], b"no picture", *scenes[2:], b""]
     keyed = [(f"picture {index}", picture, "ocr") for index, picture in enumerate(pictures)]
@@ -144,7 +139,7 @@ def test_an_error_in_place_of_a_picture_comes_out_in_its_turn(shapes: PaliGemma)
     assert set(map(id, found.values())) == {id(error)}
 
 
-def test_an_error_that_is_first_is_told_before_the_next_picture_is_asked_for(shapes: PaliGemma) -> None:
+def test_an_error_that_is_first_is_told_before_the_next_picture(shapes: PaliGemma) -> None:
     """A camera that is lost may be silent for long."""
     error = ImageError(expected="a frame", found="none", action="Wait.")
 
@@ -181,7 +176,7 @@ def test_a_batch_of_nothing_is_refused(shapes: PaliGemma) -> None:
     assert list(shapes.generate_batch([])) == []
 
 
-def test_overlap_encodes_the_next_image_in_another_thread_while_this_one_is_decoded(
+def test_overlap_encodes_the_next_image_while_this_is_decoded(
     shapes: PaliGemma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, decode = OrtSession.encode_image, OrtSession.decode

@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from paliedge import Generation, GenerationOptions, PaliGemma
 from paliedge.backends.session import GeneratedToken, IdRange
-from paliedge.bundle.manifest import Limits
 from paliedge.errors import UsageError
 from paliedge_export.exporter import export_bundle
 from tests.masks import decode_masks, random_mask_decoder
@@ -34,8 +33,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     make_tiny(folder / "checkpoint", request.param, seed=3)
     save_file(MASK_DECODER, folder / "checkpoint" / "mask_decoder.safetensors")
-    limits = Limits(prefix=40, new_tokens=NUM_TOKENS)
-    export_bundle(str(folder / "checkpoint"), folder / "bundle", limits=limits, compare=False)
+    export_bundle(
+        str(folder / "checkpoint"), folder / "bundle", max_prompt_tokens=40, max_new_tokens=NUM_TOKENS, compare=False
+    )
     with closing(PaliGemma.load(folder / "bundle")) as loaded:
         yield push_locations(loaded)
 
@@ -62,7 +62,7 @@ def whole(answer: Generation) -> Generation:
     return dataclasses.replace(answer, num_malformed=answer.num_malformed - 1) if cut else answer
 
 
-def test_a_model_that_misbehaves_says_malformed_boxes_only_when_it_is_free(model: PaliGemma) -> None:
+def test_malformed_boxes_are_said_only_when_free(model: PaliGemma) -> None:
     free = [model.detect(image, LABELS, options=GenerationOptions(free=True)) for image in IMAGES]
     held = [whole(model.detect(image, LABELS)) for image in IMAGES]
     assert sum(answer.num_malformed for answer in free) > 3
@@ -133,8 +133,13 @@ def test_confidence_filters_and_nothing_else(model: PaliGemma) -> None:
 
 def test_a_bundle_without_a_mask_decoder_still_has_the_codes(tmp_path: Path) -> None:
     make_tiny(tmp_path / "checkpoint", "paligemma", seed=3)
-    limits = Limits(prefix=40, new_tokens=NUM_TOKENS)
-    export_bundle(str(tmp_path / "checkpoint"), tmp_path / "bundle", limits=limits, compare=False)
+    export_bundle(
+        str(tmp_path / "checkpoint"),
+        tmp_path / "bundle",
+        max_prompt_tokens=40,
+        max_new_tokens=NUM_TOKENS,
+        compare=False,
+    )
     with closing(PaliGemma.load(tmp_path / "bundle")) as plain:
         found = push_locations(plain).segment(IMAGES[0], LABELS).detections
     assert any(len(item.mask_codes) == 16 for item in found)

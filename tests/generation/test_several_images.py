@@ -15,7 +15,6 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import GenerationOptions, ImageSet, PaliGemma
-from paliedge.bundle.manifest import Limits
 from paliedge.errors import UsageError
 from paliedge.inputs.video import read_video
 from paliedge_export.exporter import export_bundle
@@ -37,8 +36,14 @@ class Both(NamedTuple):
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     folder: Path = tmp_path_factory.mktemp(request.param)
     model = make_tiny(folder / "checkpoint", request.param)
-    limits = Limits(prefix=24, new_tokens=NUM_TOKENS)
-    export_bundle(str(folder / "checkpoint"), folder / "bundle", limits=limits, max_images=3, compare=False)
+    export_bundle(
+        str(folder / "checkpoint"),
+        folder / "bundle",
+        max_prompt_tokens=24,
+        max_new_tokens=NUM_TOKENS,
+        max_images=3,
+        compare=False,
+    )
     processor = PaliGemmaProcessor.from_pretrained(folder / "checkpoint", backend="pil")
     processor.image_seq_length = 16
     with closing(PaliGemma.load(folder / "bundle")) as ours:
@@ -110,7 +115,7 @@ def test_more_images_than_fit_or_none_are_refused(both: Both, count: int) -> Non
         both.ours.caption(ImageSet(*(IMAGES * 2)[:count]))
 
 
-def test_what_a_prompt_made_of_an_image_is_no_good_for_another_prompt(both: Both) -> None:
+def test_cache_rows_of_an_image_depend_on_the_prompt(both: Both) -> None:
     """Image tokens see the prompt: their keys and values must be computed anew, only their features are kept."""
     session, embed = both.ours._session, both.ours._answerer._embed
     encoded = both.ours.encode(IMAGES[0])
@@ -126,7 +131,7 @@ def test_what_a_prompt_made_of_an_image_is_no_good_for_another_prompt(both: Both
 
 
 @pytest.mark.parametrize("make", [list, tuple])
-def test_a_list_of_pictures_is_refused_with_both_things_it_may_mean(
+def test_a_list_of_pictures_is_refused_with_both_meanings(
     both: Both, make: type[list[Any]] | type[tuple[Any, ...]]
 ) -> None:
     with pytest.raises(UsageError, match=r"ImageSet.*generate_batch"):

@@ -2,7 +2,7 @@
 
 Every layer's tensors are stacked along the first axis, heads and their size are axes of their own, kernels are
 [in, out]. There is no config: the dimensions are those of the arrays. A member that is stored as it is
-gets mapped, so that one layer's piece is read at a time; a compressed one is unpacked for each piece.
+gets mapped, so that one layer's piece is read at a time. A compressed one is unpacked for each piece.
 
 | array (behind `params/`, if there is that) | shape |
 |---|---|
@@ -178,7 +178,7 @@ def _read_dimensions(archive: _Archive) -> ModelConfig:
     layers, _, vision_heads, _ = archive.shape(f"{_ATTENTION}/query/kernel", 4)
     grid = math.isqrt(num_patches)
     if grid**2 != num_patches:
-        raise archive.broken(f"{num_patches} places of patches, which make no square")
+        raise archive.broken(f"{num_patches} patches, which make no square")
     depth, heads, hidden, dim = archive.shape("llm/layers/attn/q_einsum/w", 4)
     second = "llm/layers/post_attention_norm/scale" in archive
     scaled_by = hidden / heads if hidden == GEMMA2_27B_WIDTH else dim

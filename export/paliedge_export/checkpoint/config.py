@@ -155,7 +155,8 @@ def _read_vision(raw: dict[str, Any]) -> VisionConfig:
         eps=raw.get("layer_norm_eps", 1e-6),
     )
     if config.image_size % config.patch_size or config.hidden_size % config.num_heads:
-        raise _unsupported("vision_config", "sizes that do not divide", "image by patch size, hidden size by heads")
+        supported = "an image that patches divide, and a hidden size that heads divide,"
+        raise _unsupported("vision_config", "sizes that do not divide", supported)
     return config
 
 
@@ -185,7 +186,7 @@ def _read_text(raw: dict[str, Any], second: bool) -> TextConfig:
 
 def _unsupported(name: str, found: object, supported: str) -> CheckpointError:
     return CheckpointError(
-        expected=f"{name} to be {supported}",
+        expected=f"{supported} as {name}",
         found=f"{found!r} in config.json",
-        action="paliedge exports PaliGemma and PaliGemma 2; for another model use its own exporter.",
+        action="Name a checkpoint of PaliGemma or PaliGemma 2; for another model use its own exporter.",
     )

@@ -51,7 +51,7 @@ def _download(repository: str, revision: str | None) -> Path:
     except GatedRepoError:  # before its base class RepositoryNotFoundError
         raise CheckpointError(
             expected=expected,
-            found="access to it is gated and not granted to you",
+            found="a gated repository, without access for you",
             action=f"1. Open https://huggingface.co/{repository} and accept its terms. "
             "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
         ) from None

@@ -88,6 +88,6 @@ def read_letterbox(folder: Path) -> Colour | None:
             expected=f"pictures stretched to a square or padded to one in {path}",
             found=", ".join(refused),
             action="Prepare the pictures so yourself, delete the file and export again, with --letterbox if they "
-            "are padded; or train with Roboflow's 'Stretch to', 'Fit (black edges) in' or 'Fit (white edges) in'.",
+            "are padded. Or train with Roboflow's 'Stretch to', 'Fit (black edges) in' or 'Fit (white edges) in'.",
         )
     return (network.padding_value or 0,) * 3 if network.resize_mode == "letterbox" else None

@@ -51,7 +51,7 @@ def compare(
     equal = np.concatenate([np.equal(a.tokens, b.tokens) for a, b in pairs])
     sure = np.concatenate([np.array(a.log_probs) > _SURE for a in expected])
     score_errors = np.concatenate([np.subtract(b.log_probs, a.log_probs) for a, b in pairs])
-    differences = [place for a, b in pairs if (place := _first_difference(a, b)) is not None]
+    differences = [index for a, b in pairs if (index := _first_difference(a, b)) is not None]
     ious = [iou for a, b in pairs for iou in _box_ious(a, b.tokens, tokens)]
     summary = Comparison(
         reference=reference.reference,
@@ -118,15 +118,15 @@ def check(report: TargetReport, target: str) -> None:
     raise PrecisionError(
         expected=f"{report.precision} graphs for {target} as good as {found.reference}",
         found="; ".join(failed) + (f". The worst layers, with the cosine behind them: {worst}" if worst else ""),
-        action=_ADVICE.get(report.precision, "Nothing was published. Export with --precision fp32, and report this."),
+        action=_ADVICE.get(report.precision, "Export with --precision fp32, and report this. Nothing was published."),
     )
 
 
 _ADVICE = {
-    "int8": "Nothing was published. Calibrate with more images like those to come, keep the layers that hurt in 16 "
-    "bits with --sensitivity, or take --precision fp16.",
-    "int4": "Nothing was published. Calibrate with more images like those to come, keep the layers that hurt in 16 "
-    "bits with --sensitivity, or take --precision int8.",
+    "int8": "Calibrate with more images like those to come, keep the layers that hurt in 16 bits with --sensitivity, "
+    "or take --precision fp16. Nothing was published.",
+    "int4": "Calibrate with more images like those to come, keep the layers that hurt in 16 bits with --sensitivity, "
+    "or take --precision int8. Nothing was published.",
 }
 
 
@@ -162,24 +162,24 @@ def _summarise(cosines: FloatArray) -> Cosine:
 
 
 def _first_difference(a: TeacherForcedAnswer, b: TeacherForcedAnswer) -> int | None:
-    return next((place for place, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
+    return next((index for index, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
 
 
 def _box_ious(expected: TeacherForcedAnswer, found: Sequence[int], tokens: Tokens) -> list[float]:
-    """IoU of each box that the reference means with the four tokens at its place."""
+    """IoU of each box that the reference means with the four tokens at its position."""
 
     def bins(ids: Sequence[int]) -> list[int]:
         return [token - tokens.first_location for token in ids]
 
     ious = []
     is_location_at = [0 <= edge < tokens.num_locations for edge in bins(expected.tokens)]
-    places = groupby(range(len(is_location_at)), is_location_at.__getitem__)
-    for is_location, group in places:
+    groups = groupby(range(len(is_location_at)), is_location_at.__getitem__)
+    for is_location, group in groups:
         run = list(group)
         for start in range(0, len(run) - 3, 4) if is_location else ():
             at = run[start : start + 4]
-            a, b = (bins([ids[place] for place in at]) for ids in (expected.tokens, found))
-            meant = np.mean([expected.log_probs[place] for place in at]) >= _MEANT
+            a, b = (bins([ids[index] for index in at]) for ids in (expected.tokens, found))
+            meant = np.mean([expected.log_probs[index] for index in at]) >= _MEANT
             if meant and a[0] < a[2] and a[1] < a[3]:
                 ious.append(_iou(a, b) if all(0 <= edge < tokens.num_locations for edge in b) else 0.0)
     return ious

@@ -83,21 +83,21 @@ class Runner:
         report: Callable[[str], None] = lambda line: None,
     ) -> ReferenceRun:
         """Answer all prompts, greedily or led by the tokens of `forced`; `watch` sees the outputs of each run."""
-        found = ReferenceRun(reference)
+        run = ReferenceRun(reference)
         last = len(samples) - 1
         for index, sample in enumerate(samples):
             seen = self._graphs.encode(self._preprocess(sample.image))
             features: FloatArray = seen["image_features"][0]
             watch(seen)
-            found.features.append(features)
-            self._note(found, seen, len(features) if index == last else 0)
+            run.features.append(features)
+            self._note(run, seen, len(features) if index == last else 0)
             row = []
-            for place, prompt in enumerate(sample.prompts):
-                lead = forced.answers[index][place].tokens if forced else None
-                row.append(self._answer(found, features, prompt, lead, watch, keep=index == last and not place))
-            found.answers.append(row)
+            for prompt_index, prompt in enumerate(sample.prompts):
+                lead = forced.answers[index][prompt_index].tokens if forced else None
+                row.append(self._answer(run, features, prompt, lead, watch, keep=index == last and not prompt_index))
+            run.answers.append(row)
             report(f"image {index + 1} of {len(samples)}: {sample.name}")
-        return found
+        return run
 
     def text(self, tokens: Sequence[int]) -> str:
         """What the reference said, for people."""
@@ -105,7 +105,7 @@ class Runner:
 
     def _answer(
         self,
-        found: ReferenceRun,
+        run: ReferenceRun,
         features: FloatArray,
         prompt: str,
         lead: list[int] | None,
@@ -118,21 +118,21 @@ class Runner:
         if len(ids) > room:
             raise UsageError(
                 expected=f"sample prompts of at most {room} tokens, the bundle's limit",
-                found=f"{len(ids)} in '{prompt[:60]}'",
+                found=f"{len(ids)} tokens in '{prompt[:60]}'",
                 action="Export with a larger --max-prompt-tokens, or calibrate with shorter prompts.",
             )
         prefix = np.concatenate([features, self._embed(ids)])
         seen = self._graphs.prefill(prefix, self._allowed)
         watch(seen)
-        self._note(found, seen, int(keep))
+        self._note(run, seen, int(keep))
         tokens: list[int] = []
         scores: list[float] = []
         hidden: list[FloatArray] = []
-        for place in range(len(lead) if lead else min(MAX_NEW_TOKENS, self._limits.new_tokens)):
-            if place:
-                seen = self._graphs.decode(self._embed([lead[place - 1] if lead else tokens[-1]])[0], self._allowed)
+        for step in range(len(lead) if lead else min(MAX_NEW_TOKENS, self._limits.new_tokens)):
+            if step:
+                seen = self._graphs.decode(self._embed([lead[step - 1] if lead else tokens[-1]])[0], self._allowed)
                 watch(seen)
-                self._note(found, seen, 0)
+                self._note(run, seen, 0)
             tokens.append(int(seen["next_token"][0]))
             scores.append(float(seen["log_prob"][0]))
             if LAST_HIDDEN in seen:
@@ -142,12 +142,12 @@ class Runner:
         return TeacherForcedAnswer(tokens, scores, np.array(hidden, np.float32))
 
     @staticmethod
-    def _note(found: ReferenceRun, seen: Outputs, num_kept: int) -> None:
+    def _note(run: ReferenceRun, seen: Outputs, num_kept: int) -> None:
         """Count what is no number, and keep the last tokens of what leaves each layer."""
         floats = [array for array in seen.values() if array.dtype == np.float32]
-        found.num_not_finite += sum(int((~np.isfinite(array)).sum()) for array in floats)
+        run.num_not_finite += sum(int((~np.isfinite(array)).sum()) for array in floats)
         if num_kept:
-            found.layers |= {name: seen[layer_output(name)][0, -num_kept:] for name in layer_names(seen)}
+            run.layers |= {name: seen[layer_output(name)][0, -num_kept:] for name in layer_names(seen)}
 
 
 def collect_statistics(statistics: Statistics, linears: Container[str]) -> Callable[[Outputs], None]:

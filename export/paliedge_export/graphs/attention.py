@@ -16,9 +16,9 @@ def rotation_of(graph: GraphBuilder, text: TextConfig, positions: str) -> tuple[
     """Cosine and sine [B, S, 1, head_dim] of the rotary position embedding, the first half of the sines negative."""
     exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
     frequencies = (1.0 / np.float32(text.rope_theta) ** exponents).astype(np.float32)
-    places = graph.op("Unsqueeze", graph.op("Cast", positions, to=1), graph.ints(2, 3))
-    cosine = graph.op("Cos", graph.op("Mul", places, graph.constant(np.concatenate([frequencies, frequencies]))))
-    sine = graph.op("Sin", graph.op("Mul", places, graph.constant(np.concatenate([-frequencies, frequencies]))))
+    columns = graph.op("Unsqueeze", graph.op("Cast", positions, to=1), graph.ints(2, 3))
+    cosine = graph.op("Cos", graph.op("Mul", columns, graph.constant(np.concatenate([frequencies, frequencies]))))
+    sine = graph.op("Sin", graph.op("Mul", columns, graph.constant(np.concatenate([-frequencies, frequencies]))))
     return cosine, sine
 
 

@@ -173,8 +173,8 @@ class GraphBuilder:
     def _linear_dynamic(self, x: str, name: str, *, per_token: bool) -> str:
         """Integer product of activations that are measured at run time, by one scale for all tokens.
 
-        Both sides are uint8: x86 without VNNI adds pairs of uint8 x int8 products up in 16 bits and cuts what is
-        above, and ONNX Runtime's way around that converts int8 weights anew at each load.
+        Both sides are uint8. x86 without VNNI adds pairs of uint8 x int8 products up in 16 bits and cuts what is
+        above. ONNX Runtime's way around that converts int8 weights anew at each load.
         `per_token` divides each token by its largest value before, and multiplies the result by it. Its magnitude
         is taken from both ends: absolute values would be a tensor as large as the input, written and read again.
         """

@@ -6,10 +6,10 @@ One graph serves prefill (S = prefix) and decode (S = 1), unless prefill has one
 - "rows": the cache inputs have whatever length the caller gives them, none (or one hidden row) at
   prefill, the whole fixed capacity afterwards. The graph returns the new rows; the caller stores them.
 - "in_place": the cache inputs have the fixed capacity always. TensorScatter writes the new rows at
-  their places; each cache output is the whole cache and may lie where its input does.
+  their positions; each cache output is the whole cache and may lie where its input does.
 
-Who sees whom, for a prefix of 4 (i image, p prompt), 2 generated tokens (g) and a capacity of 8,
-written for "rows"; "in_place" has the same squares with the new columns inside the cache:
+Who sees whom, for a prefix of 4 (i image, p prompt), 2 generated tokens (g) and a capacity of 8.
+It is drawn for "rows"; "in_place" has the same squares with the new columns inside the cache:
 
                cache (keys)       new
               i i p p g . . .      g
@@ -19,8 +19,8 @@ written for "rows"; "in_place" has the same squares with the new columns inside 
         p                        x x x x
         p                        x x x x
 
-Rows of a batch may have prefixes of different lengths; what lies behind a row's prefix is padding,
-which sees itself and is seen by nothing that counts.
+Rows of a batch may have prefixes of different lengths. What lies behind a row's prefix is padding: it
+sees itself, and nothing that counts sees it.
 """
 
 # Tests: tests/test_parity.py and tests/export/graphs/test_graph_traps.py.
@@ -63,12 +63,19 @@ def add_decoder(
 ) -> None:
     """The decoder's nodes. A head with only the rows `kept_tokens` puts out their ids all the same.
 
-    Inputs: inputs_embeds [B, S, H] float32; position_ids [B, S] int64, 1-based, consecutive;
-    prefix_length [B] int64; allowed_ids [B, 2] int64, first and last id that may win;
-    past_key_values.N.key and .value [B, kv heads, P, head_dim], P being `capacity` if "in_place".
-    Outputs: next_token [B] int64 after the last token of the prefix (prefill) or of S (decode);
-    log_prob [B] float32, its log-probability among all tokens of the head; present.N.key and .value
-    [B, kv heads, S, head_dim], the rows of the S new tokens, or the whole cache if "in_place".
+    Inputs:
+
+    - inputs_embeds [B, S, H] float32
+    - position_ids [B, S] int64, 1-based, consecutive
+    - prefix_length [B] int64
+    - allowed_ids [B, 2] int64, first and last id that may win
+    - past_key_values.N.key and .value [B, kv heads, P, head_dim], P being `capacity` if "in_place"
+
+    Outputs:
+
+    - next_token [B] int64, after the last token of the prefix (prefill) or of S (decode)
+    - log_prob [B] float32, its log-probability among all tokens of the head
+    - present.N.key and .value [B, kv heads, S, head_dim], rows of the S new tokens, or the whole cache if "in_place"
     """
     text = config.text
     x = graph.input("inputs_embeds", np.float32, ("batch", "sequence", text.hidden_size))
@@ -94,8 +101,8 @@ def add_decoder(
         keys, values = cache.extend(index, "key", key), cache.extend(index, "value", value)
         attended = attend(graph, text, query, keys, values, mask)
         if index + 1 == text.num_layers:  # what follows makes one token, of the last one
-            place = _last_place(graph, x, start, prefix_length)
-            x, attended = _take(graph, x, place, text.hidden_size), _take(graph, attended, place, text.attention_width)
+            last = _last_index(graph, x, start, prefix_length)
+            x, attended = _take(graph, x, last, text.hidden_size), _take(graph, attended, last, text.attention_width)
         x, fed = _leave_layer(graph, text, index, x, attended)
     assert fed
     x = graph.op("Add", x, fed, name=layer_output(_layer_name(text.num_layers - 1)))
@@ -181,7 +188,7 @@ def _norm(graph: GraphBuilder, text: TextConfig, name: str, x: str) -> str:
     return graph.op("Mul", graph.op("Div", x, rms), graph.weight(f"{name}.weight"))
 
 
-def _last_place(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> str:
+def _last_index(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> str:
     """Where in x [B, S, H] the last token of each row's prefix is, or of S if the prefix is cached: [B, 1, 1]."""
     length = graph.op("Shape", x, start=1, end=2)
     rest = graph.op("Sub", graph.op("Unsqueeze", prefix_length, graph.ints(1)), start)
@@ -189,9 +196,9 @@ def _last_place(graph: GraphBuilder, x: str, start: str, prefix_length: str) -> 
     return graph.op("Unsqueeze", graph.op("Sub", count, graph.ints(1)), graph.ints(2))
 
 
-def _take(graph: GraphBuilder, x: str, place: str, width: int) -> str:
-    """The vectors of x [B, S, width] at `place` [B, 1, 1]: [B, 1, width]."""
-    return graph.op("GatherElements", x, graph.op("Expand", place, graph.ints(1, 1, width)), axis=1)
+def _take(graph: GraphBuilder, x: str, index: str, width: int) -> str:
+    """The vectors of x [B, S, width] at `index` [B, 1, 1]: [B, 1, width]."""
+    return graph.op("GatherElements", x, graph.op("Expand", index, graph.ints(1, 1, width)), axis=1)
 
 
 def _choose_token(

@@ -32,7 +32,7 @@ class Cache(Protocol):
 
 
 class RowCache:
-    """Keys are the cache's P places and behind them the S new rows, which are put out."""
+    """Keys are the cache's P rows and behind them the S new ones, which are put out."""
 
     def __init__(self, graph: GraphBuilder, text: TextConfig, start: str) -> None:
         self._graph = graph
@@ -42,15 +42,15 @@ class RowCache:
 
     def mask(self, positions: str, prefix_length: str) -> str:
         graph, start = self._graph, self._start
-        past_place = _places(graph, self._past[0, "key"], axis=2)
-        new_place = _places(graph, positions, axis=1)
-        query_place = graph.op("Unsqueeze", new_place, graph.ints(1))
-        causal = graph.op("LessOrEqual", new_place, query_place)
-        place = graph.op("Add", start, new_place)
-        in_prefix = graph.op("Less", place, graph.op("Unsqueeze", prefix_length, graph.ints(1)))
+        past_position = _positions(graph, self._past[0, "key"], axis=2)
+        new_position = _positions(graph, positions, axis=1)
+        query_position = graph.op("Unsqueeze", new_position, graph.ints(1))
+        causal = graph.op("LessOrEqual", new_position, query_position)
+        position = graph.op("Add", start, new_position)
+        in_prefix = graph.op("Less", position, graph.op("Unsqueeze", prefix_length, graph.ints(1)))
         new = graph.op("Or", causal, graph.op("Unsqueeze", in_prefix, graph.ints(1, 2)))
-        filled = graph.op("Unsqueeze", graph.op("Less", past_place, start), graph.ints(1, 2))
-        past = graph.op("And", filled, graph.op("GreaterOrEqual", query_place, graph.constant(0, np.int64)))
+        filled = graph.op("Unsqueeze", graph.op("Less", past_position, start), graph.ints(1, 2))
+        past = graph.op("And", filled, graph.op("GreaterOrEqual", query_position, graph.constant(0, np.int64)))
         return _mask(graph, graph.op("Concat", past, new, axis=-1))
 
     def extend(self, index: int, part: str, new: str) -> str:
@@ -59,7 +59,7 @@ class RowCache:
 
 
 class InPlaceCache:
-    """Keys are the cache's places, the S new rows among them."""
+    """Keys are the cache's rows, the S new rows among them."""
 
     def __init__(self, graph: GraphBuilder, text: TextConfig, start: str, capacity: int) -> None:
         self._graph = graph
@@ -70,10 +70,10 @@ class InPlaceCache:
 
     def mask(self, positions: str, prefix_length: str) -> str:
         graph = self._graph
-        place = graph.constant(np.arange(self._capacity), np.int64)
-        query_place = graph.op("Unsqueeze", graph.op("Sub", positions, graph.ints(1)), graph.ints(1, 3))
-        causal = graph.op("LessOrEqual", place, query_place)
-        in_prefix = graph.op("Less", place, graph.op("Unsqueeze", prefix_length, graph.ints(1, 2, 3)))
+        position = graph.constant(np.arange(self._capacity), np.int64)
+        query_position = graph.op("Unsqueeze", graph.op("Sub", positions, graph.ints(1)), graph.ints(1, 3))
+        causal = graph.op("LessOrEqual", position, query_position)
+        in_prefix = graph.op("Less", position, graph.op("Unsqueeze", prefix_length, graph.ints(1, 2, 3)))
         return _mask(graph, graph.op("Or", causal, in_prefix))
 
     def extend(self, index: int, part: str, new: str) -> str:
@@ -95,7 +95,7 @@ def _cache_inputs(graph: GraphBuilder, text: TextConfig, capacity: int | str) ->
     }
 
 
-def _places(graph: GraphBuilder, x: str, axis: int) -> str:
+def _positions(graph: GraphBuilder, x: str, axis: int) -> str:
     """0, 1, ... along an axis of `x`."""
     size = graph.op("Squeeze", graph.op("Shape", x, start=axis, end=axis + 1), graph.ints(0))
     return graph.op("Range", graph.constant(0, np.int64), size, graph.constant(1, np.int64))

@@ -69,7 +69,9 @@ def load_mask_decoder(path: Path, num_codes: int) -> dict[str, Array]:
                 action=_ACTION,
             )
         if not np.isfinite(tensors[name]).all():
-            raise CheckpointError(expected=f"numbers in '{name}' of {path}", found="infinities or NaN", action=_ACTION)
+            raise CheckpointError(
+                expected=f"finite numbers in '{name}' of {path}", found="infinities or NaN", action=_ACTION
+            )
     return tensors
 
 
@@ -100,8 +102,8 @@ def _shapes(tensors: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     channels = width("decoder.0")
     expect("decoder.0", (channels, tensors[CODEBOOK].shape[1], 1, 1), channels)
     for block in _RESIDUALS:
-        for place, kernel in ((0, 3), (2, 3), (4, 1)):
-            expect(f"{block}.{place}", (channels, channels, kernel, kernel), channels)
+        for index, kernel in ((0, 3), (2, 3), (4, 1)):
+            expect(f"{block}.{index}", (channels, channels, kernel, kernel), channels)
     for name in _TRANSPOSED:
         wide = width(name)
         expect(name, (channels, wide, 4, 4), wide)

@@ -1,7 +1,7 @@
 """What calibration remembers of the inputs of linear layers: per channel, the largest value and the mean square.
 
-Two numbers a channel are all that smoothing, activation scales and 4-bit scales need, so that
-calibrating holds no activations and its result is small enough to travel in the bundle.
+Two numbers a channel are all that smoothing, activation scales and 4-bit scales need. So calibrating
+holds no activations, and its result is small enough to travel in the bundle.
 """
 
 from __future__ import annotations

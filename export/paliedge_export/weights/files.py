@@ -1,16 +1,16 @@
 """The weight files: what the graphs of every lowering read.
 
-Fused where graphs want it (query, key and value in one matrix), transposed to [in, out], matrices in the
-compute type or in integers, norms and biases in float32. One tensor at a time is in memory. Floats are
-written once for all targets; ONNX Runtime's kernels and TensorRT's want integers in different orders, so
-that a quantised bundle for both has both.
+Weights are fused where graphs want it (query, key and value in one matrix) and transposed to [in, out].
+Matrices are in the compute type or in integers, norms and biases in float32. One tensor at a time is in
+memory. Floats are written once for all targets. ONNX Runtime's kernels and TensorRT's want integers in
+different orders: a quantised bundle for both has both.
 
 | tensor | "qdq", ONNX's own operators | "contrib", com.microsoft's |
 |---|---|---|
 | 8-bit weight | int8 [K, N], weight_scale float32 [N] | uint8 [K, N], its zero at 128; the same scale |
 | its input, static | input_scale float32 [] | measured at run time |
-| 4-bit weight | int4 [K, N], weight_scale float16 [K / G, N] | uint8 [N, K / G, G / 2], float32 [N, K / G] |
-| head | int8 [V, H], weight_scale float16 [V] | uint8 [V, H / G, G], float32 [V, H / G] |
+| 4-bit weight | int4 [K, N], weight_scale float16 [K/G, N] | uint8 [N, K/G, G/2], float32 [N, K/G] |
+| head | int8 [V, H], weight_scale float16 [V] | uint8 [V, H/G, G], float32 [V, H/G] |
 """
 
 # Tests: tests/export/test_quantized_export.py and tests/export/weights/test_integers.py.
@@ -218,8 +218,8 @@ def _add_vision_encoder(file: WeightFile, checkpoint: Tensors, config: ModelConf
     kernel = checkpoint[f"{patch}.weight"].reshape(config.vision.hidden_size, -1)
     file.add(f"{patch}.weight", kernel.T, encoding.dtype)
     file.add(f"{patch}.bias", checkpoint[f"{patch}.bias"])
-    places = f"{root}.embeddings.position_embedding.weight"
-    file.add(places, checkpoint[places])
+    positions = f"{root}.embeddings.position_embedding.weight"
+    file.add(positions, checkpoint[positions])
     for index in range(config.vision.num_layers):
         layer = f"{root}.encoder.layers.{index}"
         for name in ("layer_norm1", "layer_norm2"):
@@ -343,9 +343,9 @@ def _head_is_table(checkpoint: Tensors, rows: int) -> bool:
 
 def _pieces(checkpoint: Tensors, name: str, ids: Sequence[int]) -> Iterator[Array]:
     """The rows `ids` of a matrix, ascending, some at a time."""
-    places = np.asarray(ids)
-    for start in range(0, int(places[-1]) + 1, _ROWS_AT_A_TIME):
-        stop = min(start + _ROWS_AT_A_TIME, int(places[-1]) + 1)
-        chosen = places[(places >= start) & (places < stop)] - start
+    indices = np.asarray(ids)
+    for start in range(0, int(indices[-1]) + 1, _ROWS_AT_A_TIME):
+        stop = min(start + _ROWS_AT_A_TIME, int(indices[-1]) + 1)
+        chosen = indices[(indices >= start) & (indices < stop)] - start
         if len(chosen):
             yield checkpoint.rows(name, start, stop)[chosen]

@@ -29,8 +29,8 @@ class HeadVocabulary(NamedTuple):
         """The samples with prompts that such a head can answer; one without any is asked for a label."""
 
         def can_answer(prompt: str) -> bool:
-            asked = find_box_request(prompt)
-            return asked is not None and set(asked.labels) <= set(self.labels)
+            requested = find_box_request(prompt)
+            return requested is not None and set(requested.labels) <= set(self.labels)
 
         kept = (tuple(filter(can_answer, one.prompts)) or (f"detect {self.labels[0]}",) for one in samples)
         return [replace(one, prompts=prompts) for one, prompts in zip(samples, kept, strict=True)]
@@ -79,8 +79,8 @@ def _labels_from_file(path: Path) -> list[str]:
 def _labels_from_samples(samples: SampleFolder | None) -> list[str]:
     labels: list[str] = []
     for prompt in samples.all_prompts() if samples else ():
-        asked = find_box_request(prompt)
-        labels += asked.labels if asked else []
+        requested = find_box_request(prompt)
+        labels += requested.labels if requested else []
     if not labels:
         raise _no_labels("samples with `detect` or `segment` prompts, whose labels the head keeps", "none")
     return sorted(set(labels))

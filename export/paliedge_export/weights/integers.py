@@ -35,7 +35,7 @@ class Quantized(NamedTuple):
 
 def quantize_int8(weight: Floats, axis: int, scale_dtype: npt.DTypeLike = np.float32) -> Quantized:
     """8 bits with one scale for each index of `axis`, the channel; scales have that axis' length."""
-    others = tuple(place for place in range(weight.ndim) if place != axis)
+    others = tuple(index for index in range(weight.ndim) if index != axis)
     scales = _round_up(np.abs(weight).max(others) / INT8_MAX, scale_dtype)
     shape = [1] * weight.ndim
     shape[axis] = -1

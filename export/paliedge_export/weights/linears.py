@@ -3,9 +3,9 @@
 Query, key and value are one matrix. Gate and up are two: one product as wide as both takes ONNX Runtime's
 CPU kernels a tenth longer (benchmarks/cpu_products.py), and its result is cut on one core.
 
-A layer's input channels may be divided by any number if its weight's rows are multiplied by it and
-the tensor that makes the channel is divided: a norm's weight, or the output rows of the linear layer
-before. Only a GELU between the two forbids it.
+A layer's input channels may be divided by any number if its weight's rows are multiplied by it. What makes
+the channel is then divided: a norm's weight, or the output rows of the linear layer before. Only a GELU
+between the two forbids it.
 """
 
 # Tests: tests/export/weights/test_smoothing.py.

@@ -33,8 +33,8 @@ PROMPTS_PER_IMAGE = 2
 DEFAULT_PROMPTS = ("caption en", "ocr")
 """For images without prompts: every PaliGemma mix and most fine-tunes know them."""
 CALIBRATE = (
-    "Give --calibrate a folder with a few dozen images that are like those to come, and in it, if you have them, "
-    "the .jsonl files of your fine-tune (image, prefix, suffix)."
+    "Give --calibrate a folder with a few dozen images that are like those to come. If you have them, add the "
+    ".jsonl files of your fine-tune (image, prefix, suffix)."
 )
 FOLDER = "calibration"
 """A checkpoint may bring its samples in a folder of this name."""
@@ -127,7 +127,7 @@ def _read_line(path: Path, number: int, line: bytes) -> tuple[Path, str]:
     except (OSError, ValueError):  # a name that is too long, a NUL in it
         there = False
     if not there:
-        raise _unusable(path, f"line {number} names {entry.image[:100]}, which is not there")
+        raise _unusable(path, f"{entry.image[:100]} in line {number}, which is not there")
     return file, entry.prefix
 
 

@@ -1,7 +1,7 @@
 """What this processor's arithmetic is worth: products whose sums are known, asked of the operators that graphs use.
 
-A processor's name and flags do not tell: x86 without VNNI cuts pairs of 8-bit products that do not fit 16 bits, and
-ONNX Runtime on ARM adds float16 products up in float16 from 1.29 on. Knows no backend: its callers bring one.
+A processor's name and flags do not tell. x86 without VNNI cuts pairs of 8-bit products that do not fit 16 bits. On ARM
+ONNX Runtime adds float16 products up in float16 from 1.29 on. Knows no backend: its callers bring one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIZE, _REPEATS = 384, 5
 _NUM_ROWS = (1, 3, 16)
 """Kernels differ by the number of rows."""
 _TOLERANCE: Mapping[Kind, float] = {"eight_bit": 1e-5, "signed": 1e-5, "blocks": 1e-2, "float16": 1e-5}
-"""Of the largest sum. All numbers are whole ones that are exact but for float32's last bits; what kernels make of the
+"""Of the largest sum. All numbers are whole ones that are exact but for float32's last bits. What kernels make of the
 floats that are multiplied with blocks is up to them, within 8 bits."""
 _BLOCK = 128
 _STRIDE = 37
@@ -71,8 +71,8 @@ def probe(kind: Kind, load: Callable[[Path], Any]) -> Arithmetic:
         for name, product in zip(names, products, strict=False):
             error = np.abs(product - exact)
             if not error.max() <= limit and name not in wrong:  # also what is no number
-                place = np.unravel_index(error.argmax(), error.shape)
-                wrong[name] = float(product[place] / exact[place])
+                index = np.unravel_index(error.argmax(), error.shape)
+                wrong[name] = float(product[index] / exact[index])
     return Arithmetic(kind, wrong)
 
 

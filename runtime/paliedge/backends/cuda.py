@@ -233,9 +233,9 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
         if error == cudart.cudaError_t.cudaErrorMemoryAllocation:
             raise out_of_memory(found)
         raise DeviceError(
-            expected=f"{function.__name__} to succeed",
+            expected=f"success of {function.__name__}",
             found=found,
-            action="Run `paliedge doctor`; a GPU that has failed once needs a new process.",
+            action="Run `paliedge doctor`, and start a new process: a GPU that has failed once needs one.",
         )
     return values[0] if len(values) == 1 else tuple(values)
 

@@ -34,7 +34,7 @@ except (ImportError, OSError, AttributeError) as error:
         ) from error
     raise MissingExtraError(  # one of its libraries is missing, or it was built for another numpy
         expected="an onnxruntime that can be imported",
-        found=(str(error) or "that it cannot be imported").splitlines()[0],
+        found=(str(error) or "one that cannot be imported").splitlines()[0],
         action='Install it again: `pip install --force-reinstall "paliedge[cpu]"`.',
     ) from error
 
@@ -64,8 +64,8 @@ _EXACT: tuple[str, ...] = (
 x86 without VNNI cuts pairs of uint8 x int8 products that do not fit 16 bits. The first has int8 weights of
 com.microsoft's operators converted to uint8, as newer exports store them, whose products are exact. The second has
 graphs for TensorRT, which stand in for engines here, multiply in float32 what they dequantise, as near to 32-bit sums
-as any. The third keeps KleidiAI's kernels for ARM out: they round a whole row of activations to one scale where blocks
-have their own (twice the error where one channel is large), and with SME give zeros for int8 weights.
+as any. The third keeps KleidiAI's kernels for ARM out. They round a whole row of activations to one scale where blocks
+have their own: twice the error where one channel is large. With SME they give zeros for int8 weights.
 """
 _LOG = logging.getLogger(__name__)
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -338,7 +338,7 @@ def load_graph(
         fold: compute what is constant once; without it weights in integers are dequantised anew for each product and
             never held in floats.
         plan_memory: from the second run of a shape on, ask for all of its memory in one piece. That saves a hundredth
-            where operators take microseconds, and costs a large model as much memory again as the first run took,
+            where operators take microseconds. It costs a large model as much memory again as the first run took,
             and the second run the time to fetch it.
 
     Raises:
@@ -373,8 +373,8 @@ def load_graph(
         ) from error
     if wanted[0] not in session.get_providers():  # ONNX Runtime goes on without it, and says so in a log
         raise EngineMismatchError(
-            expected=f"{wanted[0]} of onnxruntime {ort.__version__} to load",
-            found="that it could not: no NVIDIA driver, or no CUDA and cuDNN of its version",
+            expected=f"a {wanted[0]} of onnxruntime {ort.__version__} that loads",
+            found="one that does not: no NVIDIA driver, or no CUDA and cuDNN of its version",
             action="Run `paliedge doctor`, or use `--backend cpu`.",
         )
     _LOG.info("loaded %s for %s on %d threads in %.2f s", path, wanted[0], num_threads, time.perf_counter() - started)

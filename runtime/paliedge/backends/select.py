@@ -30,8 +30,8 @@ class BackendOptions:
     """What a user may say about the engine.
 
     Attributes:
-        backend: "auto" takes the best that works; "onnxruntime" its CUDA provider where that works, else its
-            CPU provider; "cuda" and "cpu" are ONNX Runtime with this provider only.
+        backend: "auto" takes the best that works. "onnxruntime" takes its CUDA provider where that works, else its
+            CPU provider. "cuda" and "cpu" are ONNX Runtime with this provider only.
         on_mismatch: where the bundle's engines were built for something else: "error", "rebuild" them,
             or "fallback" to ONNX Runtime.
         threads: of ONNX Runtime's operators; 0 takes every core this process may use.
@@ -65,7 +65,7 @@ def open_session(bundle: Bundle, options: BackendOptions, report: Report) -> Ses
     reasons: list[str] = []
     mismatch: EngineMismatchError | None = None
     if options.backend == "auto" and not bundle.manifest.engines and _is_for_gpu(bundle.manifest):
-        reasons.append(f"it has no engines yet: `paliedge build {bundle.folder}` on the machine that will run them")
+        reasons.append(f"no engines yet: `paliedge build {bundle.folder}` on the machine that will run them")
     for backend in _candidates(bundle.manifest, options):
         if backend in ("cuda", "cpu") and mismatch and options.on_mismatch == "error":
             raise mismatch

@@ -53,8 +53,8 @@ def measure_cold_start(bundle: Path, options: BackendOptions, image: ImageSource
         ) from error
     if done.returncode:
         raise DeviceError(
-            expected="a fresh process to load the bundle and answer",
-            found=(done.stderr.strip().splitlines() or ["that it ended without a word"])[-1],
+            expected="an answer from the bundle in a fresh process",
+            found=(done.stderr.strip().splitlines() or ["an end without a word"])[-1],
             action="Leave it out with --no-cold-start, or close what holds the memory.",
         )
     return ColdStart(process=seconds, **json.loads(done.stdout.splitlines()[-1]))

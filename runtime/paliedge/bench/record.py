@@ -58,8 +58,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         seconds: what it took.
         num_answers, num_tokens: generated tokens, ends of sequence included.
         answers_per_s, tokens_per_s: over the whole run.
-        latency, latency_samples_ms: of a query, in milliseconds; a camera's counts from the frame's own time; of
-            "offline" the time an answer takes when all are there, with a batch the mean of a stretch of the run.
+        latency, latency_samples_ms: of a query, in milliseconds. A camera's counts from the frame's own time. That
+            of "offline" is the time an answer takes when all are there; with a batch, the mean of a stretch of the run.
         stages: by name.
         num_dropped, num_late: frames that were never looked at, and answers that came after the next frame.
         num_changed: answers that differ from the first one to the same query.

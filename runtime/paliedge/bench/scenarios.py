@@ -1,7 +1,7 @@
 """The ways in which a model is asked: one after the other, several at a time, all at once, at a camera's rate.
 
-Each scenario yields after every query, so that a run can be shown while it goes on and keeps what it has when it
-is interrupted. Times come from the answers themselves; knows no engine.
+Each scenario yields after every query: a run can be shown while it goes on, and keeps what it has when it is
+interrupted. Times come from the answers themselves; knows no engine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RunLimits(NamedTuple):
 class TimedAnswer(NamedTuple):
     """What is kept of one: its picture, which a large run would fill the memory with, is not."""
 
-    place: int
+    query_index: int
     token_ids: tuple[int, ...]
     timings: Timings
 
@@ -68,8 +68,8 @@ class Trace:
     num_dropped: int = 0
     num_late: int = 0
 
-    def add(self, place: int, answer: Generation) -> None:
-        self.answers.append(TimedAnswer(place, answer.token_ids, answer.timings))
+    def add(self, query_index: int, answer: Generation) -> None:
+        self.answers.append(TimedAnswer(query_index, answer.token_ids, answer.timings))
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ def _single_stream(
 ) -> Iterator[None]:
     begin = time.perf_counter()
     for count in _until(limits, begin, trace):
-        place = count % len(queries)
+        index = count % len(queries)
         started = time.perf_counter()
-        answer = _ask(model, queries[place])
+        answer = _ask(model, queries[index])
         wall_ms = (time.perf_counter() - started) * 1000
-        trace.add(place, answer)
+        trace.add(index, answer)
         trace.walls_ms.append(wall_ms)
         trace.latencies_ms.append(wall_ms)
         yield
@@ -141,28 +141,28 @@ def _multi_stream(
 ) -> Iterator[None]:
     begin = time.perf_counter()
     for count in _until(limits, begin, trace):
-        places = [(count * settings.batch + offset) % len(queries) for offset in range(settings.batch)]
+        indices = [(count * settings.batch + offset) % len(queries) for offset in range(settings.batch)]
         started = time.perf_counter()
-        answers = list(_ask_together(model, [queries[place] for place in places], settings.batch))
+        answers = list(_ask_together(model, [queries[index] for index in indices], settings.batch))
         trace.latencies_ms.append((time.perf_counter() - started) * 1000)
-        for place, answer in zip(places, answers, strict=True):
-            trace.add(place, answer)
+        for index, answer in zip(indices, answers, strict=True):
+            trace.add(index, answer)
         yield
 
 
 def _offline(
     model: PaliGemma, queries: Sequence[Query], settings: ScenarioSettings, limits: RunLimits, trace: Trace
 ) -> Iterator[None]:
-    begin, places = time.perf_counter(), list[int]()
+    begin, indices = time.perf_counter(), list[int]()
 
     def pour() -> Iterator[Query]:
-        while len(places) % settings.batch or not limits.reached(time.perf_counter() - begin, len(places)):
-            places.append(len(places) % len(queries))
-            yield queries[places[-1]]
+        while len(indices) % settings.batch or not limits.reached(time.perf_counter() - begin, len(indices)):
+            indices.append(len(indices) % len(queries))
+            yield queries[indices[-1]]
 
     last = begin
     for number, answer in enumerate(_ask_together(model, pour(), settings.batch), 1):
-        trace.add(places[number - 1], answer)
+        trace.add(indices[number - 1], answer)
         if number % settings.batch == 0:
             now = time.perf_counter()
             trace.latencies_ms.append((now - last) * 1000 / settings.batch)
@@ -182,13 +182,13 @@ def _camera(
             number += 1
             time.sleep(max(0.0, begin + number * period - time.perf_counter()))
         trace.num_dropped += number - last - 1
-        place, last = number % len(queries), number
+        index, last = number % len(queries), number
         started = time.perf_counter()
-        answer = _ask(model, queries[place])
+        answer = _ask(model, queries[index])
         now = time.perf_counter()
         age = now - (begin + number * period)
         trace.num_late += age > period
-        trace.add(place, answer)
+        trace.add(index, answer)
         trace.walls_ms.append((now - started) * 1000)
         trace.latencies_ms.append(age * 1000)
         yield
@@ -250,7 +250,7 @@ def _summary(
     settings: ScenarioSettings, trace: Trace, seconds: float, energy: Energy | None, *, interrupted: bool
 ) -> Run:
     first: dict[int, tuple[int, ...]] = {}
-    changed = sum(first.setdefault(one.place, one.token_ids) != one.token_ids for one in trace.answers)
+    changed = sum(first.setdefault(one.query_index, one.token_ids) != one.token_ids for one in trace.answers)
     num_tokens = _num_tokens(trace)
     in_bursts = settings.scenario == "offline" and settings.batch > 1
     latencies = _stretches(trace.latencies_ms) if in_bursts else trace.latencies_ms

@@ -16,9 +16,9 @@ from paliedge.planning.roofline import decoder_flops, prefill_flops, vision_flop
 def add_shares(run: Run, manifest: Manifest, target: Target, roofs: Roofs, prompt_tokens: int) -> Run:
     """`run` with achieved bandwidth and operations of vision, prefill and decode steps, and their shares.
 
-    Each reads its weights once, a decode step of one request all of the cache, too; a step that several requests
-    share reads the weights once for all, so it has no such figure. The roof of operations is that of the linear
-    layers' products, of integers or of floats.
+    Each reads its weights once; a decode step of one request reads all of the cache, too. A step that several
+    requests share reads the weights once for all, so it has no such figure. The roof of operations is that of the
+    linear layers' products, of integers or of floats.
     """
     prefix = manifest.model.vision.num_image_tokens + prompt_tokens
     needs = {

@@ -1,6 +1,6 @@
 """The bundle: a folder that is all exporter and runtime share, described by `bundle.json`.
 
-The manifest is decoded strictly, every file in it is a plain name inside the folder, sizes are
+The manifest is decoded strictly, and every file in it is a plain name inside the folder. Sizes are
 checked at each load and sha256 on the first one. Knows nothing of sessions, images or prompts.
 """
 
@@ -23,9 +23,9 @@ class Bundle:
     """A bundle on disk whose manifest is valid and whose files have the recorded sizes.
 
     Raises:
-        BundleError: no bundle at `folder`, a manifest that is not valid, a file that is missing,
-            of another size, no regular file, or (with `check_hashes`) of another digest. Engines can be
-            built again: without `check_engines` their files are not looked at.
+        BundleError: no bundle at `folder`, a manifest that is not valid, or a file that is missing, not
+            regular or of another size. With `check_hashes` a file of another digest is one, too. Engines
+            can be built again: without `check_engines` their files are not looked at.
     """
 
     def __init__(self, folder: Path, *, check_hashes: bool = True, check_engines: bool = True) -> None:
@@ -79,7 +79,7 @@ class Bundle:
             except OSError as error:
                 raise self._damaged(name, f"no file '{name}'") from error
             if not stat.S_ISREG(status.st_mode):
-                raise self._damaged(name, f"'{name}' is no regular file")
+                raise self._damaged(name, f"'{name}', which is no regular file")
             if status.st_size != recorded.size:
                 raise self._damaged(name, f"'{name}' with {status.st_size} bytes instead of {recorded.size}")
         self._check_numbers()
@@ -92,11 +92,11 @@ class Bundle:
         embedding, hidden_size, tokens = manifest.embedding, manifest.model.text.hidden_size, manifest.tokens
         num_bytes = embedding.rows * hidden_size * ITEMSIZE[embedding.dtype]
         if num_bytes > manifest.files[embedding.file].size:
-            raise _damaged(self.folder, f"'{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
+            raise _damaged(self.folder, f"a '{embedding.file}' too small for {embedding.rows} rows of {hidden_size}")
         if (embedding.row_scales is not None) != (embedding.dtype in ("int8", "uint8")):
             raise _damaged(self.folder, f"an embedding table of {embedding.dtype} and scales that do not go with it")
         if embedding.row_scales and embedding.rows * 4 > manifest.files[embedding.row_scales].size:
-            raise _damaged(self.folder, f"'{embedding.row_scales}' too small for {embedding.rows} rows")
+            raise _damaged(self.folder, f"a '{embedding.row_scales}' too small for {embedding.rows} rows")
         used = (
             tokens.vocab_size - 1,
             tokens.bos,
@@ -154,7 +154,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise _damaged(folder, f"'{MANIFEST}' is no regular file")
+            raise _damaged(folder, f"'{MANIFEST}', which is no regular file")
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BundleError(

@@ -84,7 +84,7 @@ class Preprocess(_Strict, frozen=True):
     """Resize to the square by `resample`, then (value * rescale_factor - mean) / std, channels first.
 
     With `letterbox` the picture keeps its proportions, in the middle of a square of that colour (red, green,
-    blue); without it it is squashed, as PaliGemma itself was trained.
+    blue). Without it the picture is squashed, as PaliGemma itself was trained.
     """
 
     resample: Resample
@@ -192,8 +192,8 @@ class Graph(_Strict, frozen=True):
 class Target(_Strict, frozen=True):
     """The lowering for one kind of runtime. Cache tensors are [batch, kv heads, capacity, head_dim].
 
-    `cache_update` says who stores the new rows: "rows", the graph returns them and the runtime copies
-    them into the cache; "in_place", the graph writes them at `write_index` and each cache output lies
+    `cache_update` says who stores the new rows. With "rows" the graph returns them and the runtime copies
+    them into the cache. With "in_place" the graph writes them at `write_index`, and each cache output lies
     where its input does. Without a `mask_decoder` segmentation tokens stay codes. The rows of a batch are
     not independent where the graph measures a scale over all tokens at hand.
 
@@ -276,8 +276,8 @@ class Comparison(_Strict, frozen=True):
         token_match: share of equal tokens.
         sure_token_match: the same among tokens to which the reference gave a probability of 0.5 or
             more; None where there were none.
-        first_difference: place of the first token that differs in any answer; None if all are equal.
-        box_iou: mean IoU of the reference's boxes and those at the same place; None without boxes.
+        first_difference: index of the first token that differs in any answer; None if all are equal.
+        box_iou: mean IoU of the reference's boxes and those at the same position; None without boxes.
     """
 
     reference: str

@@ -37,7 +37,7 @@ def publish_bundle(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise UsageError(
-            expected=f"{folder} to be new, empty or a bundle",
+            expected=f"a new folder, an empty one or a bundle at {folder}",
             found="other content",
             action="Name another output folder.",
         )
@@ -93,7 +93,7 @@ def engine_staging(folder: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=_ENGINES, dir=folder))
     except OSError as error:
         raise OutputError(
-            expected=f"to write engines into {folder}",
+            expected=f"room and permission to write engines into {folder}",
             found=error.strerror or "an error of the file system",
             action="Copy the bundle to a place that you may write to, and build there.",
         ) from error

@@ -87,9 +87,9 @@ def evaluate(
 ) -> None:
     """Score a bundle on DATASET, whose answers are known, and time it.
 
-    For detect and segment DATASET is a folder with COCO annotations, or their .json file; else a .jsonl file,
-    or a folder with one, of objects with `image`, `suffix` (or `answers`) and, if need be, `prefix`.
-    Needs `pip install "paliedge[eval]"`.
+    For detect and segment DATASET is a folder with COCO annotations, or their .json file. For other tasks it is
+    a .jsonl file, or a folder with one. Its objects have `image`, `suffix` (or `answers`) and, if need be,
+    `prefix`. Needs `pip install "paliedge[eval]"`.
     """
     from paliedge.evaluation.report import Report, prepare_folder, save_report
     from paliedge.evaluation.tasks import require_packages

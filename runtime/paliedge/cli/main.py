@@ -113,7 +113,7 @@ class _Verbs(click.Group):
         except OSError as error:
             print_error(
                 OutputError(
-                    expected=f"to read or write {error.filename or 'a file'}",
+                    expected=f"room and permission to read or write {error.filename or 'a file'}",
                     found=error.strerror or "an error of the file system",
                     action="Check free space and permissions.",
                 )
@@ -144,8 +144,11 @@ def main() -> None:
 
     `paliedge VERB --help` has examples.
 
-    Exit codes: 0 ok, 1 run-time error, 2 usage, 3 damaged bundle, 4 bundle does not fit this
-    machine, 5 unreadable input, 6 some inputs failed, 130 interrupted.
+    \b
+    Exit codes:
+    - 0 ok, 1 run-time error, 2 usage
+    - 3 damaged bundle, 4 bundle does not fit this machine
+    - 5 unreadable input, 6 some inputs failed, 130 interrupted
     """
 
 

@@ -116,8 +116,8 @@ def _label_options(verb: Verb) -> Verb:
 def detect(source: str, labels: str, **rest: Any) -> None:
     """Find every instance of LABELS, such as "cat ; dog".
 
-    SOURCE is a picture, a folder of pictures, a glob pattern, a list (.txt), a video, - for a picture on standard
-    input, or a live source: rtsp://..., rtmp://..., /dev/video0, csi://0.
+    SOURCE is a picture, a folder of pictures, a glob pattern, a list (.txt), a video or a live source. Live sources
+    are rtsp://..., rtmp://..., /dev/video0 and csi://0; - is a picture on standard input.
     """
 
     answer_all(source, lambda prompts: prompts.detect(labels), **rest)

@@ -96,7 +96,7 @@ def read_board(root: Path = Path("/")) -> str:
 
 def _examine_python(l4t_major: str | None) -> Finding:
     if l4t_major == _JETPACK_6 and sys.version_info[:2] != _PYTHON_OF_JETPACK_6:
-        action = "JetPack 6 has TensorRT for Python 3.10 alone: make the environment with `/usr/bin/python3`."
+        action = "Make the environment with `/usr/bin/python3`: JetPack 6 has TensorRT for Python 3.10 alone."
         return Finding("python", platform.python_version(), "note", action)
     return Finding("python", platform.python_version())
 
@@ -173,7 +173,7 @@ def _examine_arithmetic() -> Finding:
     value = "; ".join([*map(str, found), f"8-bit products at {compare_rates():.1f} times the rate of float32's"])
     wrong = [one.kind for one in found if one.wrong]
     if wrong:
-        action = " ".join(["Bundles with such products are refused.", *dict.fromkeys(WITHOUT[kind] for kind in wrong)])
+        action = " ".join([*dict.fromkeys(WITHOUT[kind] for kind in wrong), "Bundles with such products are refused."])
         return Finding("arithmetic", value, "note", action)
     return Finding("arithmetic", value)
 

@@ -86,8 +86,8 @@ def check_run(bundle: Bundle, options: BackendOptions, num_decodes: int = NUM_DE
     with closing(PaliGemma.load(bundle.folder, options, report=lines.append)) as model:
         if bundle.manifest.engines and options.backend == "auto" and not model.has_device_clock:
             raise EngineMismatchError(
-                expected="one of the bundle's engines to run",
-                found=lines[-1],
+                expected="an engine of the bundle that runs here",
+                found=f"a run {lines[-1]}",
                 action=f"Run `paliedge doctor {bundle.folder}`; for ONNX Runtime alone use --backend cpu.",
             )
         golden = verify_golden(bundle, model)
@@ -95,7 +95,7 @@ def check_run(bundle: Bundle, options: BackendOptions, num_decodes: int = NUM_DE
         if graph_equal is False:
             raise DeviceError(
                 expected="the same answers with a CUDA graph as without",
-                found="others",
+                found="other answers",
                 action="Use --no-cuda-graph, and report this with `paliedge doctor --json`.",
             )
         return _measure(bundle, model, lines[-1], golden, graph_equal, num_decodes)
@@ -161,7 +161,7 @@ def _measure(
     )
     if report.host_growth > _GROWTH_LIMIT or (report.gpu_growth or 0) > _gpu_growth_limit():
         raise DeviceError(
-            expected=f"memory to stay within {_GROWTH_LIMIT >> 20} MB over {report.num_decodes} decode steps",
+            expected=f"memory that grows by at most {_GROWTH_LIMIT >> 20} MB over {report.num_decodes} decode steps",
             found=f"growth of {report.host_growth} bytes on the host and {report.gpu_growth} on the GPU",
             action="Report this with `paliedge doctor --json`.",
         )

@@ -68,5 +68,5 @@ def _until(ends: Container[int], tokens: list[int]) -> list[int]:
 def _is_tie(expected: list[int], scores: list[float], answer: Generation, ends: Container[int], tie: float) -> bool:
     """Whether the first different token scored as much as the golden one; an early end scores nothing."""
     pairs = zip(_until(ends, expected), answer.token_ids, strict=False)
-    first = next((place for place, (wanted, found) in enumerate(pairs) if wanted != found), None)
+    first = next((index for index, (wanted, found) in enumerate(pairs) if wanted != found), None)
     return first is not None and abs(answer.log_probs[first] - scores[first]) <= tie

@@ -140,8 +140,8 @@ def open_coco(dataset: Path, *, masks: bool) -> CocoDataset:
         raise _unusable(file, "no annotation", _COCO_ACTION)
     folders = [file.parent, file.parent.parent] if file.parent.name == "annotations" else [file.parent]
     split = file.stem.removeprefix("instances_")
-    places = [folder / name for folder in folders for name in ("", "images", split, f"images/{split}")]
-    paths = _locate([image.file_name for image in content.images], places, file)
+    candidates = [folder / name for folder in folders for name in ("", "images", split, f"images/{split}")]
+    paths = _locate([image.file_name for image in content.images], candidates, file)
     images = (
         CocoImage(path, _size(image), tuple(by_image[image.id]))
         for path, image in zip(paths, content.images, strict=True)
@@ -177,11 +177,11 @@ def _find_one(dataset: Path, patterns: Sequence[str], action: str) -> Path:
         return found[0]
     names = ", ".join(str(path.relative_to(dataset)) for path in found)
     if found:
-        raise _unusable(dataset, f"several: {names}", "Name one of them.")
+        raise _unusable(dataset, f"several files: {names}", "Name one of them.")
     deeper = [path for pattern in patterns for path in sorted(dataset.glob(f"*/{pattern}"))]
     if deeper:
         names = ", ".join(str(path.relative_to(dataset)) for path in deeper)
-        raise _unusable(dataset, f"some in folders below: {names}", "Name one of them.")
+        raise _unusable(dataset, f"files in folders below: {names}", "Name one of them.")
     raise _unusable(dataset, "none", action)
 
 

@@ -85,13 +85,13 @@ def evaluate_detection(
     Raises:
         UsageError: the labels are more than the bundle can be asked for, or no picture is left to ask about.
     """
-    asked = [image for image in dataset.images if image.annotations or not question.only_present][:limit]
+    selected = [image for image in dataset.images if image.annotations or not question.only_present][:limit]
 
     def answer(image: CocoImage) -> _Answered:
         labels = [label for label in dataset.labels if label in {item.label for item in image.annotations}]
         return _answer(model, image, labels if question.only_present else dataset.labels, question)
 
-    answered = list(answer_each(asked, answer, watcher))
+    answered = list(answer_each(selected, answer, watcher))
     if not answered:
         return Outcome({}, ())
     scores, case_scores = score_shapes(answered, dataset.labels, "bbox")
@@ -108,8 +108,8 @@ def _answer(model: Detector, image: CocoImage, labels: Sequence[str], question: 
         annotated, found = ("{} x {} pixels".format(*size) for size in (image.size_wh, encoded.image_wh))
         raise ImageError(expected=f"{annotated}, as annotated", found=found, action=_SIZE_ACTION)
     truth = tuple(_expected_shape(item, encoded.image_wh) for item in image.annotations)
-    asked = [[label] for label in labels] if question.one_by_one else [list(labels)]
-    prompts = [PromptMaker(question.prompts).boxes(question.task, each) for each in asked]
+    requested = [[label] for label in labels] if question.one_by_one else [list(labels)]
+    prompts = [PromptMaker(question.prompts).boxes(question.task, each) for each in requested]
     try:
         results = [model.generate(encoded, prompt) for prompt in prompts]
     except UsageError as error:
@@ -162,8 +162,8 @@ def score_shapes(
             counted = ~np.asarray(entry["dtIgnore"][0], bool)
             right = np.count_nonzero(counted & (np.asarray(entry["dtMatches"][0]) > 0))
             expected_here = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
-            for place, count in enumerate((right, np.count_nonzero(counted), expected_here)):
-                counts[entry["image_id"]][place] += int(count)
+            for position, count in enumerate((right, np.count_nonzero(counted), expected_here)):
+                counts[entry["image_id"]][position] += int(count)
     for number, item in enumerate(answered, 1):
         counts[number][1] += sum(shape.label not in labels for shape in item.case.found)
     return scores, [2 * right / total if (total := num + wanted) else 1.0 for right, num, wanted in counts.values()]
@@ -179,9 +179,9 @@ def _coco(answered: Sequence[_Answered], labels: Sequence[str], kind: str, *, ex
     for number, item in enumerate(answered, 1):
         sizes[number] = list(item.image_wh)
         shapes = item.case.truth if expected else item.case.found
-        for place, shape in enumerate(shapes):
+        for position, shape in enumerate(shapes):
             if shape.label in ids and (kind == "bbox" or shape.mask):
-                area = item.areas[place] if expected else _area(shape, kind)
+                area = item.areas[position] if expected else _area(shape, kind)
                 rows.append(_row(len(rows) + 1, number, ids[shape.label], shape, area))
     index = COCO()
     index.dataset = {

@@ -154,7 +154,9 @@ def save_report(report: Report, folder: Path) -> list[Path]:
 def _unwritable(folder: Path, error: OSError | ValueError) -> OutputError:
     found = getattr(error, "strerror", None) or "an error of the file system"
     return OutputError(
-        expected=f"to write {folder}", found=found, action="Name another folder with --save, or make room."
+        expected=f"room and permission to write {folder}",
+        found=found,
+        action="Name another folder with --save, or make room.",
     )
 
 

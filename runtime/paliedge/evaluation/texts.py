@@ -46,11 +46,11 @@ def evaluate_texts(
     """
 
     def answer(example: TextExample) -> Case:
-        asked = example.prompt or prompt
-        result = model.generate(example.path, asked)
+        actual_prompt = example.prompt or prompt
+        result = model.generate(example.path, actual_prompt)
         seconds = result.timings.total_ms / 1000
         is_cut_off = result.finish_reason == "length"
-        case = Case(example.path, asked, result.text, 0.0, seconds, is_cut_off, answers=example.answers)
+        case = Case(example.path, actual_prompt, result.text, 0.0, seconds, is_cut_off, answers=example.answers)
         return replace(case, score=_score(case, task))
 
     cases = tuple(answer_each(examples, answer, watcher, (ImageError, UsageError)))

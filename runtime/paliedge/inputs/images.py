@@ -1,6 +1,6 @@
 """The border where images come in: path, bytes, PIL or numpy to one RGB picture.
 
-Only JPEG, PNG, WEBP and BMP are decoded, their size is checked on the header first, and whatever a
+Only JPEG, PNG, WEBP and BMP are decoded, and their size is checked on the header first. Whatever a
 decoder raises leaves here as ImageError with a fixed sentence. Knows nothing of models.
 """
 
@@ -42,7 +42,7 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
     """An RGB picture, upright after its EXIF orientation, transparency composited on white.
 
     Args:
-        source: a path, the bytes of an image file, a PIL image, or a uint8 array [H, W, 3] (RGB),
+        source: a path, the bytes of an image file, a PIL image, or a uint8 array. An array is [H, W, 3] (RGB),
             [H, W, 4] (RGBA) or [H, W] (grey).
         bgr: the array's channels are blue, green, red (OpenCV's order); for arrays only.
 
@@ -92,7 +92,7 @@ def _decode_file(stream: BinaryIO, name: str) -> Image.Image:
                 action="Convert it to one of these formats.",
             ) from error
         except Image.DecompressionBombError as error:
-            raise _too_large("too many to count") from error
+            raise _too_large("countless") from error
         except Exception as error:
             raise _damaged(name) from error
         _check_size(image.size)

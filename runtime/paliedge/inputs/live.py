@@ -63,7 +63,7 @@ class _ReaderThread(threading.Thread):
         self._is_stopped = False
 
     def run(self) -> None:
-        error: PaliEdgeError = lost("its end")
+        error: PaliEdgeError = lost("the end of the stream")
         try:
             with closing(self._feed()) as shots:
                 for shot in shots:
@@ -146,7 +146,7 @@ class LiveFrames:
                     yield VideoFrame(number, moment_s - start_s, shot())
             finally:
                 reader.stop()
-            error = reader.error or lost("its end")
+            error = reader.error or lost("the end of the stream")
             if not isinstance(error, ImageError) or failures == self._options.reconnect:
                 raise error
             delay_s = min(2.0**failures, MAX_DELAY_S)

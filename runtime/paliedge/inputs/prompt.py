@@ -113,7 +113,7 @@ def find_box_request(prompt: str) -> BoxRequest | None:
 
 def fill(template: str, **values: str) -> str:
     """A template with its places filled in; braces in a value stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), template)
+    return re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), template)
 
 
 def split_labels(text: str) -> list[str]:

@@ -47,7 +47,7 @@ class PromptTokenizer:
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UsageError(
                 expected=f"a prompt of at most {MAX_PROMPT_CHARACTERS} characters",
-                found=f"{len(text)}",
+                found=f"{len(text)} characters",
                 action="Shorten the prompt.",
             )
         try:
@@ -62,9 +62,9 @@ class PromptTokenizer:
 
     def encode_label(self, label: str) -> tuple[list[int], list[int]]:
         """Ids of a label behind its box, and of the separator behind it."""
-        tokenizer, place = self._tokenizer, f"<loc{0:04d}>"
-        ids = tokenizer.encode(f"{place} {label}", add_special_tokens=False).ids[1:]
-        both = tokenizer.encode(f"{place} {label} ; {place}", add_special_tokens=False).ids[1:-1]
+        tokenizer, location = self._tokenizer, f"<loc{0:04d}>"
+        ids = tokenizer.encode(f"{location} {label}", add_special_tokens=False).ids[1:]
+        both = tokenizer.encode(f"{location} {label} ; {location}", add_special_tokens=False).ids[1:-1]
         return ids, both[len(ids) :]
 
     def decode(self, ids: Sequence[int]) -> str:

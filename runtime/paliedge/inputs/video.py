@@ -107,7 +107,7 @@ def _open_video(av: Any, path: Path) -> Any:
     found = "no such file"
     try:
         if path.is_file():
-            found = "damaged, cut off or something else"
+            found = "a file that is damaged, cut off or something else"
             return av.open(f"file:{path}", options=_FILE_OPTIONS)
     except (av.FFmpegError, OSError, ValueError):  # ValueError: a NUL in the name
         pass

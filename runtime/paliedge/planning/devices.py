@@ -3,9 +3,11 @@
 Knows no model and no bundle. Bandwidth, memory and the rates of Thor and H200 are the makers' data sheets.
 The tensor rates of the Orins are SMs x clock x 1024 (FP16) or 2048 (INT8) multiply-adds, dense, GPU
 alone: data sheets print twice that for sparse weights and add the DLA. Sustained factors are shares of
-those figures: reading memory was measured at 75 % on AGX Orin, 95 % on Thor and 90 % on H200, a whole
-PaliGemma prefix (vision and prefill) at 53 % of the FP16 rate on AGX Orin; 40 % on Thor and 50 % on H200
-are estimates of the same. The other Orins are taken to behave like AGX Orin.
+those figures. The other Orins are taken to behave like AGX Orin.
+
+- Reading memory was measured at 75 % on AGX Orin, 95 % on Thor and 90 % on H200.
+- A whole PaliGemma prefix (vision and prefill) was measured at 53 % of the FP16 rate on AGX Orin.
+- 40 % on Thor and 50 % on H200 are estimates of the same.
 """
 
 # Tests: tests/planning/test_memory.py.

@@ -76,8 +76,8 @@ class PrecisionEstimate:
     Attributes:
         precision: name of the scheme.
         memory: see there.
-        residency: "both" engines stay loaded; "sequential", one at a time, so that every image waits for
-            two loads from disk, which no time here counts; "none", it does not fit.
+        residency: "both" engines stay loaded; "sequential", one at a time; "none", it does not fit.
+            One at a time, every image waits for two loads from disk, which no time here counts.
         build_swap: bytes of swap that a build needs beside the usable memory; 0 where the host builds.
         floor: at the data sheet's bandwidth and compute; nothing can be faster.
         sustained: at what the device reaches in practice.
@@ -215,9 +215,9 @@ def estimate_vision_workspace(model: Model) -> int:
     """Bytes of activations of the vision encoder on one image, an estimate that errs upwards.
 
     Layers reuse one another's memory, so one layer counts: its residual stream in 32 bits, and the larger
-    of attention and MLP. Attention holds queries, keys and values in 16 bits and, as if it were not
-    fused, all scores in 32; the manifest does not say how many heads there are, at most one for 64 channels
-    is assumed. The MLP holds its width twice in 16 bits, before and after the activation.
+    of attention and MLP. Attention holds queries, keys and values in 16 bits, and all scores in 32, as if
+    it were not fused. The manifest does not say how many heads there are: at most one for 64 channels is
+    assumed. The MLP holds its width twice in 16 bits, before and after the activation.
     """
     vision = model.vision
     tokens, width = vision.num_image_tokens, vision.hidden_size
@@ -230,9 +230,9 @@ def estimate_vision_workspace(model: Model) -> int:
 def estimate_decoder_workspace(manifest: Manifest) -> int:
     """Bytes of activations of the longest prefill, an estimate that errs upwards.
 
-    As for the vision encoder, with scores of the whole prefix against the cache's capacity, gate and up
-    in 16 bits, and beside them the logits of the last position in 32, and the prefix's rows of the cache,
-    which wait to be stored where a target's graphs leave that to the runtime.
+    As for the vision encoder, with these differences. Scores are of the whole prefix against the cache's
+    capacity. Gate and up have 16 bits. The logits of the last position have 32 and are held beside them.
+    So are the prefix's rows of the cache: where graphs leave storing to the runtime, they wait for that.
     """
     text, tokens = manifest.model.text, manifest.limits.prefix
     projected = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim

@@ -18,9 +18,9 @@ _CHANNELS = 3
 class Scheme:
     """A precision in bytes a parameter, and whose products run at the INT8 rate.
 
-    All of a stage counts at the width of its linear layers. What stays wider in an int8 or int4 bundle (norms,
-    biases, positions, patch embedding, projector, the scales of 8-bit weights) adds less than 1 % to a 3B model;
-    layers that an export kept in 16 bits because it was told to are not counted.
+    All of a stage counts at the width of its linear layers. Parts of an int8 or int4 bundle stay wider: norms,
+    biases, positions, patch embedding, projector, the scales of 8-bit weights. They add less than 1 % to a 3B
+    model. Layers that an export kept in 16 bits because it was told to are not counted.
 
     Attributes:
         name: of the precision.

@@ -70,7 +70,7 @@ class Masks:
 
     Attributes:
         detections: M detections with a mask.
-        index: [M] int64; the place of each among the answer's boxes.
+        index: [M] int64; the index of each among the answer's boxes.
         orig_shape: height and width of the image in pixels.
     """
 
@@ -112,10 +112,10 @@ def boxes_from_detections(detections: Sequence[Detection], cls: Sequence[int], o
 
 def masks_from_detections(detections: Sequence[Detection], orig_shape: tuple[int, int]) -> Masks | None:
     """The masks; None where no detection has one."""
-    places = [place for place, item in enumerate(detections) if item.mask]
-    if not places:
+    indices = [index for index, item in enumerate(detections) if item.mask]
+    if not indices:
         return None
-    return Masks(tuple(detections[place] for place in places), np.array(places, np.int64), orig_shape)
+    return Masks(tuple(detections[index] for index in indices), np.array(indices, np.int64), orig_shape)
 
 
 def outline_of(detection: Detection) -> Polygon:
@@ -136,9 +136,9 @@ def yolo_lines(
 ) -> list[str]:
     """A line a detection, as YOLO's label files have them; all numbers are divided by width and height.
 
-    Without any mask `class cx cy w h`, with the confidence behind it if wanted; else `class x1 y1 x2 y2 ...`,
-    the largest outline of each mask, or a box's corners. A file holds one of the two forms: YOLO reads no
-    mixture. An outline has no confidence behind it: it would be taken for half a point.
+    Without any mask a line is `class cx cy w h`, with the confidence behind it if wanted. Else it is
+    `class x1 y1 x2 y2 ...`, the largest outline of each mask, or a box's corners. A file holds one of the two
+    forms: YOLO reads no mixture. An outline has no confidence behind it: it would be taken for half a point.
 
     Raises:
         MissingExtraError: there is a mask, and contourpy is not installed.

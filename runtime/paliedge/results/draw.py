@@ -80,8 +80,8 @@ def place_tags(
 ) -> list[Tag]:
     """Label and confidence of each box, wholly inside a picture of `size_wh` pixels.
 
-    A tag is above its box where there is room that no other tag has, else at another edge of it; where
-    every place is taken, the one that hides the least of other tags.
+    A tag is above its box where there is room that no other tag has, else at another edge of it. Where
+    every place is taken, it gets the one that hides the least of other tags.
 
     Args:
         detections: what to name.

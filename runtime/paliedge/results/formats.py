@@ -76,7 +76,7 @@ class Writer:
 
 
 def open_writer(
-    form: Format, emit: Emit, folder: Path | None = None, asked: BoxRequest | None = None, *, free: bool = False
+    form: Format, emit: Emit, folder: Path | None = None, requested: BoxRequest | None = None, *, free: bool = False
 ) -> Writer:
     """The writer of a format.
 
@@ -84,20 +84,20 @@ def open_writer(
         form: the format.
         emit: takes text for the output as it is, line ends included.
         folder: where the formats that make a file a picture write.
-        asked: what a prompt that is answered in boxes asks for; its labels are the first classes, in their order.
+        requested: what a prompt that is answered in boxes asks for; its labels are the first classes, in their order.
         free: the model is not held to it, so that any answer may have masks.
 
     Raises:
         UsageError: the format has no place for text, and the answers are text; or it needs a folder.
         MissingExtraError: the format needs contourpy for the masks to come, and it is not installed.
     """
-    if form not in TEXT_FORMATS and asked is None:
+    if form not in TEXT_FORMATS and requested is None:
         raise UsageError(
             expected=f"a verb or prompt that is answered in boxes, for {form}",
             found="one that is answered in text",
             action=f"Take `--format` {', '.join(TEXT_FORMATS[:-1])} or {TEXT_FORMATS[-1]}.",
         )
-    labels = asked.labels if asked else []
+    labels = requested.labels if requested else []
     if form == "coco":
         return CocoWriter(emit, labels)
     if form == "json":
@@ -112,7 +112,7 @@ def open_writer(
             found="none",
             action="Name one with `--save FOLDER`.",
         )
-    if free or (asked and asked.task == "segment"):
+    if free or (requested and requested.task == "segment"):
         require_polygons()
     return YoloWriter(folder, labels) if form == "yolo" else LabelmeWriter(folder)
 
@@ -182,28 +182,28 @@ class CsvWriter(Writer):
 
 
 class _Classes:
-    """Labels by the order in which they come, the asked ones first."""
+    """Labels by the order in which they come, the requested ones first."""
 
     def __init__(self, labels: Sequence[str]) -> None:
-        self._places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+        self._indices = {label: index for index, label in enumerate(dict.fromkeys(labels))}
 
     def __call__(self, label: str) -> int:
-        return self._places.setdefault(label, len(self._places))
+        return self._indices.setdefault(label, len(self._indices))
 
     @property
     def labels(self) -> list[str]:
-        return list(self._places)
+        return list(self._indices)
 
 
 class CocoWriter(Writer):
     """One COCO dataset: `images`, `categories` and, as `annotations`, the results.
 
-    The file is two things at once. `pycocotools.coco.COCO(file)` loads it, as annotation tools do, since each
-    annotation has `id`, `area` and `iscrowd`; and each is a COCO result too, with a `score`, so that `loadRes`
-    takes the list `annotations`, here or on a ground truth with the same ids. A box is x, y, width, height in
-    pixels; `segmentation` is compressed run lengths, and absent without a mask. Ids count from 1: images in the
-    order of the run (`file_name` is the path as it was found), categories with the asked labels first. Nothing
-    is written before the end.
+    The file is two things at once. Each annotation has `id`, `area` and `iscrowd`: `pycocotools.coco.COCO(file)`
+    loads it, as annotation tools do. Each is a COCO result too, with a `score`: `loadRes` takes the list
+    `annotations`, here or on a ground truth with the same ids. A box is x, y, width, height in pixels.
+    `segmentation` is compressed run lengths, and absent without a mask. Ids count from 1: images in the order
+    of the run (`file_name` is the path as it was found), categories with the requested labels first. Nothing is
+    written before the end.
     """
 
     def __init__(self, emit: Emit, labels: Sequence[str] = ()) -> None:
@@ -217,13 +217,13 @@ class CocoWriter(Writer):
         image = len(self._images) + 1
         self._images.append({"id": image, "file_name": str(source), "width": width, "height": height})
         for item in result.detections:
-            place = {"id": len(self._annotations) + 1, "image_id": image}
-            self._annotations.append({**place, **_coco_annotation(item, self._classes(item.label) + 1)})
+            ids = {"id": len(self._annotations) + 1, "image_id": image}
+            self._annotations.append({**ids, **_coco_annotation(item, self._classes(item.label) + 1)})
 
     def finish(self) -> None:
         if not self._images:
             return
-        categories = [{"id": place, "name": label} for place, label in enumerate(self._classes.labels, 1)]
+        categories = [{"id": index, "name": label} for index, label in enumerate(self._classes.labels, 1)]
         dataset = {
             "info": {"description": "made by paliedge"},
             "images": self._images,
@@ -288,8 +288,8 @@ class YoloWriter(_FolderWriter):
 class LabelmeWriter(_FolderWriter):
     """A file a picture that LabelMe opens: a polygon for each mask, its largest outline, a rectangle for other boxes.
 
-    The picture is named relative to the folder and not copied, but where there is no such file, as of a video's
-    frame, it lies in the file itself. A shape's `description` is its confidence.
+    The picture is named relative to the folder and not copied. Where there is no such file, as of a video's
+    frame, the picture lies in the file itself. A shape's `description` is its confidence.
     """
 
     def __init__(self, folder: Path) -> None:

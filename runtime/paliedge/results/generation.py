@@ -57,8 +57,8 @@ class DeviceTimings:
 class Timings:
     """Wall-clock times in milliseconds.
 
-    `decode_ms` has one entry a decode step: the first token comes out of prefill, so there are
-    len(token_ids) - 1 of them, one more where the end-of-sequence token came by a step of its own.
+    `decode_ms` has one entry a decode step. The first token comes out of prefill, so there are
+    len(token_ids) - 1 of them. There is one more where the end-of-sequence token came by a step of its own.
     `preprocess_ms` and `vision_ms` are 0 for an image that was encoded before. `device` is there
     where the engine has a clock of its own. `tokenize_ms` is the prompt's, `parse_ms` is what makes text,
     boxes and masks of tokens.
@@ -290,8 +290,8 @@ class Generation:
         }
 
     def _classes(self) -> list[int]:
-        places = {label: place for place, label in self.names.items()}
-        return [places[item.label] for item in self.detections]
+        indices = {label: index for index, label in self.names.items()}
+        return [indices[item.label] for item in self.detections]
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            expected=f"to write {path}",
+            expected=f"room and permission to write {path}",
             found=error.strerror or "an error of the file system",
             action="Name another folder (--save), or make room.",
         ) from error

@@ -1,9 +1,9 @@
 """Boxes from location tokens and masks' codes from segmentation tokens, read from ids and never from text.
 
-A box is four location tokens, y1 x1 y2 x2, each round(edge / size * 1023) of the squared image; the 16
-segmentation tokens behind it, if any, are its mask; its label is the text behind those, up to ` ;` or the
-next box. The inverse divides by 1023 too, as big_vision's evaluation does, so that the last bin
-reaches the border.
+A box is four location tokens, y1 x1 y2 x2, each round(edge / size * 1023) of the squared image. The 16
+segmentation tokens behind it, if any, are its mask. Its label is the text behind those, up to ` ;` or the
+next box. The inverse divides by 1023 too, as big_vision's evaluation does: so the last bin reaches the
+border.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ class LocationParser:
     def push(self, token: int, log_prob: float) -> list[Detection]:
         """Take the next token; returns the detections that it completes."""
         tokens = self._tokens
-        if 0 <= (place := token - tokens.first_location) < tokens.num_locations:
+        if 0 <= (location := token - tokens.first_location) < tokens.num_locations:
             done = self.finish() if self._codes or self._text else []
-            self._bins.append(place)
+            self._bins.append(location)
             self._log_probs.append(log_prob)
             return done
         if not self._bins:
@@ -150,7 +150,7 @@ class LocationParser:
         if codes and len(codes) != CODES_PER_MASK:
             self.num_malformed += 1
             codes = []
-        found = []
+        detections = []
         for start in range(0, len(bins), 4):
             said = self._edges(bins[start : start + 4])
             box = _cut(said)
@@ -158,7 +158,7 @@ class LocationParser:
                 self.num_malformed += 1
                 continue
             is_last = start + 4 == len(bins)
-            found.append(
+            detections.append(
                 Detection(
                     (label if is_last else "") or self._requested_label,
                     self._in_pixels(box),
@@ -168,11 +168,11 @@ class LocationParser:
                     uncut_box=None if said == box else self._in_pixels(said),
                 )
             )
-        return found
+        return detections
 
     def _edges(self, bins: Sequence[int]) -> _Box:
         """Four bins as edges x1, y1, x2, y2, of which 0 to 1 lies in the image."""
-        y1, x1, y2, x2 = (place / (self._tokens.num_locations - 1) for place in bins)
+        y1, x1, y2, x2 = (location / (self._tokens.num_locations - 1) for location in bins)
         left, top, right, bottom = self._content_box
         (x1, x2), (y1, y2) = (
             ((first - low) / (high - low), (last - low) / (high - low))

@@ -95,8 +95,8 @@ def _area(outline: Polygon) -> float:
 def _compress(runs: list[int]) -> str:
     """COCO's text form: each run as its difference to the run two before, five bits a character, lowest first."""
     text = []
-    for place, run in enumerate(runs):
-        value = run - runs[place - 2] if place > 2 else run
+    for index, run in enumerate(runs):
+        value = run - runs[index - 2] if index > 2 else run
         more = True
         while more:
             bits = value & 31

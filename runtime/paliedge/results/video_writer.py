@@ -90,7 +90,7 @@ class VideoWriter:
 
     def _unwritable(self, error: Any) -> OutputError:
         return OutputError(
-            expected=f"to write {self.path}",
+            expected=f"room and permission to write {self.path}",
             found=reason_of(error),
             action="Name another folder (--save), or make room.",
         )

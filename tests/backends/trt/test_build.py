@@ -92,7 +92,7 @@ def test_a_bundle_without_graphs_for_this_tensorrt_is_refused(bundle: Path, tmp_
     assert caught.value.exit_code == 4
 
 
-def test_the_workspace_is_a_gigabyte_or_twice_the_largest_activations(
+def test_workspace_is_a_gigabyte_or_twice_the_activations(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with machine_with(tmp_path) as machine:
@@ -184,14 +184,14 @@ def test_what_was_timed_once_is_known_later(bundle: Path, tmp_path: Path) -> Non
 
 
 BUILDER_FAULTS = [
-    ("parser", "decoder", "decoder to finish", "a graph that its parser refuses, decoder.opset20.onnx"),
-    ("refuses", "vision", "vision_encoder to finish", "Could not find any implementation for node"),
-    ("refuses", "decoder", "decoder to finish", "cannot build decoder.opset20.onnx"),
-    ("no builder", "", "vision_encoder to finish", "no builder"),
-    ("SIGKILL", "decoder", "decoder to finish", "memory runs out"),
-    ("SIGSEGV", "decoder", "decoder to finish", "crashed with SIGSEGV"),
-    ("exit", "vision", "vision_encoder to finish", "without a word: a library says something"),
-    ("says nothing", "decoder", "decoder to finish", "without a word"),
+    ("parser", "decoder", "plan of the decoder", "a graph that its parser refuses, decoder.opset20.onnx"),
+    ("refuses", "vision", "plan of the vision_encoder", "Could not find any implementation for node"),
+    ("refuses", "decoder", "plan of the decoder", "failure to build decoder.opset20.onnx"),
+    ("no builder", "", "plan of the vision_encoder", "no builder"),
+    ("SIGKILL", "decoder", "plan of the decoder", "memory runs out"),
+    ("SIGSEGV", "decoder", "plan of the decoder", "crash with SIGSEGV"),
+    ("exit", "vision", "plan of the vision_encoder", "without a word: a library says something"),
+    ("says nothing", "decoder", "plan of the decoder", "without a word"),
 ]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends.ort import OrtSession
 from paliedge.bundle.bundle import Bundle
-from paliedge.bundle.manifest import Limits, Precision
+from paliedge.bundle.manifest import Precision
 from paliedge.bundle.precision_report import PRECISION_REPORT, PrecisionReport
 from paliedge.cli import main
 from paliedge.diagnostics.verify import verify_golden
@@ -26,7 +26,6 @@ from paliedge_export.writer import write_all_weights
 from tests.answers import answer_together
 from tests.tiny import make_tiny
 
-LIMITS = Limits(prefix=40, new_tokens=12)
 IMAGES = [np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8) for seed in range(3)]
 PROMPTS = ["caption en", "detect red circle ; blue star", "ocr"]
 
@@ -34,14 +33,16 @@ PROMPTS = ["caption en", "detect red circle ; blue star", "ocr"]
 @pytest.mark.parametrize("family", ["paligemma", "paligemma2"])
 def test_with_the_same_weights_it_changes_nothing(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny(tmp_path / "checkpoint", family, seed=2)
-    export_bundle(str(tmp_path / "checkpoint"), tmp_path / "one", limits=LIMITS, compare=False)
+    export_bundle(
+        str(tmp_path / "checkpoint"), tmp_path / "one", max_prompt_tokens=40, max_new_tokens=12, compare=False
+    )
     write = write_all_weights
 
     def with_prefill(*arguments: Any) -> Any:
         return {layout: stored._replace(prefill=stored.decoder) for layout, stored in write(*arguments).items()}
 
     monkeypatch.setattr("paliedge_export.exporter.write_all_weights", with_prefill)
-    manifest = export_bundle(str(tmp_path / "checkpoint"), tmp_path / "two", limits=LIMITS)
+    manifest = export_bundle(str(tmp_path / "checkpoint"), tmp_path / "two", max_prompt_tokens=40, max_new_tokens=12)
     assert manifest.comparisons["cpu"].token_match == 1.0
     one, two = (OrtSession(Bundle(tmp_path / name), num_threads=1) for name in ("one", "two"))
     rng = np.random.default_rng(0)

@@ -169,7 +169,7 @@ def run_order(part: Part, order: BuildOrder, on_progress: Progress) -> BuildCost
         BuildError: the child said why it failed, or died.
     """
     command = [sys.executable, "-m", "paliedge.backends.trt.builder_process"]
-    last = BuildEvent(error="that it ended without a word")
+    last = BuildEvent(error="an end without a word")
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as child,
@@ -198,17 +198,17 @@ def run_order(part: Part, order: BuildOrder, on_progress: Progress) -> BuildCost
 
 def _explain(part: str, code: int, failure: BuildEvent, noise: list[str]) -> BuildError:
     if code == -signal.SIGKILL:
-        found = "that the system killed it, as it does when memory runs out"
+        found = "a process that the system killed, as it does when memory runs out"
         action = "See `paliedge plan` for what a build needs; close other programs or add swap."
     elif code < 0:
-        found = f"that it crashed with {signal.Signals(-code).name}" + (f": {noise[-1]}" if noise else "")
+        found = f"a crash with {signal.Signals(-code).name}" + (f": {noise[-1]}" if noise else "")
         action = "Report this with `paliedge doctor --json`; meanwhile use `--backend cpu`."
     else:
         found = failure.error or ""
         if failure.action is None and noise:
             found = f"{found}: {noise[-1]}"
         action = failure.action or "Report this with `paliedge doctor --json`."
-    return BuildError(expected=f"the builder of the {part} to finish", found=found, action=action)
+    return BuildError(expected=f"a plan of the {part} from its builder", found=found, action=action)
 
 
 def _default_workspace(manifest: Manifest) -> int:

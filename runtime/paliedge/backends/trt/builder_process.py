@@ -94,7 +94,7 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     timing_cache = trt.attach_timing_cache(config, known.read_bytes() if known and known.is_file() else b"")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _failed(trt, f"that it cannot build {Path(order.onnx).name}", messages, _REPORT)
+        raise _failed(trt, f"a failure to build {Path(order.onnx).name}", messages, _REPORT)
     _write(Path(order.plan), plan)
     if known and timing_cache is not None:
         _write(known, timing_cache.serialize())
@@ -106,7 +106,7 @@ _REPORT = "Report this with `paliedge doctor --json`; meanwhile use `--backend c
 def _failed(trt: TensorRt, found: str, messages: list[str], action: str) -> BuildError:
     reasons = "; ".join(" ".join(message.split()) for message in messages[:_MAX_MESSAGES])
     return BuildError(
-        expected=f"{trt.module.__name__} {trt.version} to build a plan",
+        expected=f"a plan from {trt.module.__name__} {trt.version}",
         found=f"{found}: {reasons}" if reasons else found,
         action=action,
     )

@@ -90,7 +90,7 @@ class LoadedEngine:
         """What to say where TensorRT gives no engine, and `found` as its reason."""
         if _OUT_OF_MEMORY.search(found):
             return out_of_memory(found)
-        return self._mismatch(f"{self._trt.module.__name__} {self._trt.version} to load it", found)
+        return self._mismatch(f"an engine that {self._trt.module.__name__} {self._trt.version} loads", found)
 
     def _mismatch(self, expected: str, found: str) -> EngineMismatchError:
         return EngineMismatchError(
@@ -126,7 +126,7 @@ class Context:
     def enqueue(self, stream: Stream) -> None:
         """Put the work on the stream; returns at once."""
         if not self._context.execute_async_v3(int(stream.handle)):
-            raise _failure(self._name, "to run", self._messages)
+            raise _failure(self._name, "a run", self._messages)
 
     def close(self) -> None:
         self._context = None
@@ -135,6 +135,6 @@ class Context:
 def _failure(name: str, expected: str, messages: list[str]) -> DeviceError:
     return DeviceError(
         expected=f"{name}: {expected}",
-        found="; ".join(messages[-3:]) or "that TensorRT refuses, without a word",
+        found="; ".join(messages[-3:]) or "a refusal of TensorRT, without a word",
         action="Run `paliedge doctor`; build the engine again with `paliedge build BUNDLE --force`.",
     )

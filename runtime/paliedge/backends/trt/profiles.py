@@ -59,8 +59,8 @@ def _profile(graph: Graph, sizes: dict[str, tuple[int, int, int]]) -> dict[str, 
     return {
         tensor.name: Range(
             *(
-                tuple(sizes[size][place] if isinstance(size, str) else size for size in tensor.shape)
-                for place in range(3)
+                tuple(sizes[size][index] if isinstance(size, str) else size for size in tensor.shape)
+                for index in range(3)
             )
         )
         for tensor in graph.inputs

@@ -1,8 +1,8 @@
 """The session on TensorRT: engines, buffers and one CUDA graph a cache.
 
-Nothing is allocated after the first request of a kind: buffers stay where they are, so that a decode
-step is one graph launch, one copy of new cache rows where the graph leaves that to us, and one small
-read. Knows neither text nor pictures.
+Nothing is allocated after the first request of a kind, and buffers stay where they are. So a decode step
+is one graph launch and one small read. Where the graph leaves it to us, a copy of new cache rows is added.
+Knows neither text nor pictures.
 """
 
 from __future__ import annotations
