@@ -231,12 +231,12 @@ class _Job:
         Unless it is to `judge`, samples that do nothing else are left out. A quantised bundle's golden is its own, so
         None; so are both where there is no reference.
         """
-        kept = self.source.kept_tokens
+        words = self.source.words
         if self.precision == "fp32":
             transformers = self._open_reference(samples)
             if transformers is None or not transformers.exact:
                 return None, None
-            return transformers.answer(samples, kept), transformers.answer(self.source.golden_samples, kept)
+            return transformers.answer(samples, words), transformers.answer(self.source.golden_samples, words)
         witnessed = self._witnessed(samples) if judge else None
         with self._fp32_graphs(self.checkpoint) as (folder, _):
             if witnessed:
@@ -277,7 +277,7 @@ class _Job:
         reference = self._open_reference(few)
         if reference is None:
             return None
-        return few, reference.answer(few, self.source.kept_tokens), "fp32" if reference.exact else "bf16"
+        return few, reference.answer(few, self.source.words), "fp32" if reference.exact else "bf16"
 
     def _hold_against(
         self, runner: Runner, samples: Sequence[Sample], answers: ReferenceRun, precision: Precision

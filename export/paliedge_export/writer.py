@@ -79,6 +79,13 @@ class ModelSource:
         return self.vocabulary.token_ids if self.vocabulary else None
 
     @property
+    def words(self) -> Sequence[int]:
+        """Ids that an answer may hold: all tokens but the image's, or those of a reduced head."""
+        if self.vocabulary:
+            return self.vocabulary.token_ids
+        return [index for index in range(self.tokens.vocab_size) if index != self.tokens.image]
+
+    @property
     def golden_samples(self) -> list[Sample]:
         """What the golden answers answer: prompts that the head has words for and the limits have room for."""
         prompts = PROMPTS if not self.vocabulary else tuple(f"detect {label}" for label in self.vocabulary.labels[:3])

@@ -57,7 +57,7 @@ def test_the_largest_gemma_2_is_never_fp16(tiny: Tiny, tmp_path: Path, monkeypat
 def test_a_bundle_knows_the_repository_it_comes_from(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "find_checkpoint", lambda name: tiny.checkpoint)
+    monkeypatch.setattr(opening, "find_checkpoint", lambda name, revision: tiny.checkpoint)
     export_bundle("google/paligemma-3b-mix-224", tmp_path / "bundle", compare=False)
     assert Bundle(tmp_path / "bundle").manifest.producer.checkpoint == "google/paligemma-3b-mix-224"
 
@@ -80,18 +80,19 @@ def test_fp32_is_compared_with_transformers(tiny: Tiny, tmp_path: Path) -> None:
         assert len(np.unique(golden["token_ids"].reshape(-1, shape[2]), axis=0)) > 1
 
 
-def test_fp16_is_compared_with_its_fp32_graphs_and_not_with_transformers(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(folder: Path) -> None:
-        raise AssertionError(folder)
-
-    monkeypatch.setattr(exporter, "Reference", refuse)
-    comparison = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision="fp16").comparisons["cpu"]
-    assert comparison.reference == "its fp32 graphs"
-    assert 0 < comparison.log_prob_error < 5e-2
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_export_is_held_against_transformers(precision: Precision, tiny: Tiny, tmp_path: Path) -> None:
+    manifest = export_bundle(str(tiny.checkpoint), tmp_path / "bundle", precision=precision)
+    reference = Bundle(tmp_path / "bundle").manifest.reference
+    assert reference is not None
+    assert reference.name.startswith("transformers ")
+    assert "prompts, pixels and ends" in reference.compared
+    assert reference.not_compared == ""
+    if precision == "fp16":
+        assert "float32 graphs: cosine of features 1.00000" in reference.compared
+        assert manifest.comparisons["cpu"].reference == "its fp32 graphs"
+        assert 0 < manifest.comparisons["cpu"].log_prob_error < 5e-2
     assert {path.suffix for path in (tmp_path / "bundle").iterdir() if path.is_dir()} == set()
-    assert Bundle(tmp_path / "bundle").manifest.targets["cpu"].precision == "fp16"
 
 
 def test_without_transformers_the_graphs_own_answers_are_the_golden(
@@ -102,7 +103,7 @@ def test_without_transformers_the_graphs_own_answers_are_the_golden(
     manifest = Bundle(tmp_path / "bundle").manifest
     assert manifest.golden is not None
     assert manifest.comparisons == {}
-    assert "torch is not installed" in manifest.not_compared["cpu"]
+    assert "transformers is not installed" in manifest.not_compared["cpu"]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new-folder", "over-a-bundle"])
@@ -133,7 +134,7 @@ def test_answers_that_are_no_numbers_are_not_published(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class ReferenceOfNan(reference.Reference):
-        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> runner.ReferenceRun:
+        def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int]) -> runner.ReferenceRun:
             found = super().answer(samples, kept_tokens)
             for row in found.answers:
                 row[:] = [dataclasses.replace(one, log_probs=[math.nan] * len(one.tokens)) for one in row]

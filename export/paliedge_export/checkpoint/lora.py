@@ -12,7 +12,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +175,8 @@ class Adapted(Checkpoint):
 
     _adapters: Sequence[Adapter] = ()
     _has_own_head = _splits = False
+    _last: tuple[str, Array] | None = None
+    """A table is asked for in pieces, one table after the other."""
 
     def __init__(self, folder: Path, config: ModelConfig, adapters: Sequence[Adapter]) -> None:
         super().__init__(folder, config)
@@ -241,12 +242,10 @@ class Adapted(Checkpoint):
     def rows(self, name: str, start: int, stop: int) -> Array:
         touched = any({name, EMBED_TOKENS if name == LM_HEAD else name} & adapter.changed for adapter in self._adapters)
         if touched or not super().__contains__(name):
-            return self._whole(name)[start:stop]
+            if self._last is None or self._last[0] != name:
+                self._last = name, self[name]
+            return self._last[1][start:stop]
         return super().rows(name, start, stop)
-
-    @lru_cache(maxsize=1)  # noqa: B019  a table is asked for in pieces, one table after the other
-    def _whole(self, name: str) -> Array:
-        return self[name]
 
 
 def _factors(parts: Mapping[str, Array]) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from paliedge.errors import CheckpointError
+from paliedge_export.checkpoint.weight_files import INDEX, SINGLE
 
 CONFIG = "inference_config.json"
 _ADAPTER, _BASE = "adapter_config.json", "base"
@@ -51,9 +52,12 @@ def split_package(folder: Path) -> tuple[Path, Path | None]:
 
     An adapter alone is both: its base model lies elsewhere.
     """
-    if not (folder / _ADAPTER).is_file() or (folder / "config.json").is_file():
+    if not (folder / _ADAPTER).is_file():
         return folder, None
-    return (folder / _BASE if (folder / _BASE).is_dir() else folder), folder
+    if (folder / _BASE).is_dir():
+        return folder / _BASE, folder
+    is_merged = any((folder / name).is_file() for name in (SINGLE, INDEX))
+    return folder, None if is_merged else folder
 
 
 def read_letterbox(folder: Path) -> Colour | None:

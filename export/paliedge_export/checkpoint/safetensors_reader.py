@@ -234,8 +234,8 @@ class Checkpoint(Mapping[str, Array]):
         for name, shape in wanted.items():
             kind = self._entries[name].dtype
             if kind not in _FLOATS:
-                what = "fp8 without scales" if kind.startswith("F8") else f"type {kind}"
-                raise self._quantised(f"'{name}' in {what}")
+                what = ", fp8 without scales" if kind.startswith("F8") else ""
+                raise self._quantised(f"'{name}' of type {kind}{what}")
             if self.shape(name) != shape:
                 raise broken(
                     self.folder,

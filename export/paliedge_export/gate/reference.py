@@ -179,8 +179,10 @@ class Reference:
             rows = checkpoint.num_rows
             if rows != self._model.get_input_embeddings().weight.shape[0]:
                 self._model.resize_token_embeddings(rows, mean_resizing=False)
-            merged = PeftModel.from_pretrained(self._model, str(adapter)).merge_and_unload()
-            self._model = merged.eval()
+            adapted = PeftModel.from_pretrained(self._model, str(adapter))
+            self._model = (
+                adapted.base_model.model.eval()
+            )  # unmerged: PEFT merges into both where table and head are one
         except Exception:  # no PEFT, several adapters, or a kind that it does not load
             self.how = "; ".join(filter(None, [self.how, "with the adapter merged here"]))
             self._model = load_model(checkpoint.folder, "float32" if self.exact else "bfloat16")
@@ -243,8 +245,8 @@ class Reference:
             action="Nothing was published. Report this with the checkpoint's small files.",
         )
 
-    def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int] | None = None) -> ReferenceRun:
-        """Answer all prompts greedily, in `kept_tokens` alone if they are given."""
+    def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int]) -> ReferenceRun:
+        """Answer all prompts greedily, in `kept_tokens` alone: rows of the table that are no words never win."""
         import torch
 
         run = ReferenceRun(self.name)
@@ -253,16 +255,11 @@ class Reference:
             with torch.no_grad():
                 features = self._model.get_image_features(pixels).pooler_output[0].float().numpy()
             run.features.append(features)
-            run.answers.append([self._answer(pixels, prompt, kept_tokens) for prompt in sample.prompts])
+            run.answers.append([self._answer(pixels, prompt, np.asarray(kept_tokens)) for prompt in sample.prompts])
         return run
 
-    def _answer(self, pixels: object, prompt: str, kept_tokens: Sequence[int] | None) -> TeacherForcedAnswer:
+    def _answer(self, pixels: object, prompt: str, kept: npt.NDArray[np.int64]) -> TeacherForcedAnswer:
         tokens, scores, states = [], [], []
-        rows = self._model.get_input_embeddings().weight.shape[0]
-        names = range(min(rows, len(self._tokenizer)))
-        kept = np.asarray(
-            [index for index in names if index != self._image_token] if kept_tokens is None else kept_tokens
-        )
         steps = reference_steps(self._model, pixels, self.prompt_ids(prompt), self._image_token, MAX_NEW_TOKENS, kept)
         for token, logits, hidden in steps:
             tokens.append(token)

@@ -117,15 +117,17 @@ def test_an_id_that_the_client_refuses_is_a_misspelling(monkeypatch: pytest.Monk
 
 
 def test_only_what_an_export_reads_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, str | None, list[str]]] = []
 
-    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
-        asked.append((repository, allow_patterns))
+    def snapshot_download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert find_checkpoint(REPOSITORY) == tmp_path
-    assert asked == [(REPOSITORY, ["*.json", "*.safetensors"])]
+    assert find_checkpoint(REPOSITORY, "bfloat16") == find_checkpoint(f"{REPOSITORY}@float16") == tmp_path
+    patterns = ["*.json", "*.safetensors"]
+    assert asked == [(REPOSITORY, revision, patterns) for revision in (None, "bfloat16", "float16")]
 
 
 def test_a_local_folder_wins_over_a_repository_of_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

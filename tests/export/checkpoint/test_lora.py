@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
+from paliedge import PaliGemma
+from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Precision
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import read_config
@@ -169,7 +172,7 @@ def spoil(adapter: Path, **options: Any) -> None:
         ({"peft_type": "LOHA"}, "LOHA"),
         *[({"init_lora_weights": kind}, kind) for kind in ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga")],
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [3]}}, "trainable_token_indices"),
         ({"target_parameters": ["weight"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -204,11 +207,75 @@ def test_a_tensor_that_belongs_to_nothing_is_an_error(base: Path, tmp_path: Path
         open_adapted(base, tmp_path)
 
 
+TABLES: dict[str, dict[str, Any]] = {
+    "head-and-table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "products-on-the-table": {"target_modules": ["q_proj", "embed_tokens"]},
+    "products-on-the-head": {"target_modules": ["q_proj", "lm_head"]},
+    "rows-of-tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [40, 300, 1577]}},
+}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_of_the_table_is_refused(base: Path, tmp_path: Path) -> None:
-    adapt(base, tmp_path, {"r": 2, "target_modules": ["q_proj", "embed_tokens"]})
-    with pytest.raises(CheckpointError, match=r"embed_tokens.*merge_and_unload|lora_embedding"):
-        open_adapted(base, tmp_path)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("options", TABLES.values(), ids=TABLES)
+def test_a_table_or_head_of_its_own_answers_as_peft_does_unmerged(
+    options: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    """As in training, where table and head of a tied model part as soon as one of the two is trained alone."""
+    make_tiny(tmp_path / "base", "paligemma", tied=tied)
+    torch.manual_seed(1)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    export_bundle(str(tmp_path / "base"), tmp_path / "bundle", adapters=[tmp_path / "adapter"])
+    manifest = Bundle(tmp_path / "bundle").manifest
+    assert manifest.comparisons["cpu"].token_match == 1.0
+    ids = torch.tensor([[1578] * 16 + [2, 50, 60, 108]])
+    image = np.random.default_rng(0).integers(0, 255, (56, 56, 3), np.uint8)
+    with PaliGemma.load(tmp_path / "bundle") as ours:
+        pixels = torch.from_numpy(ours._preprocess(Image.fromarray(image)))
+        wanted = (
+            adapted.eval()
+            .generate(
+                input_ids=ids,
+                pixel_values=pixels,
+                attention_mask=torch.ones_like(ids),
+                token_type_ids=torch.zeros_like(ids),
+                max_new_tokens=8,
+                do_sample=False,
+            )[0, ids.shape[1] :]
+            .tolist()
+        )
+        engine_ids = ids[0, 16:].tolist()
+        encoded, cache = ours.encode(image), ours._session.new_cache()
+        embed, last = ours._answerer._embed, ours.manifest.tokens.vocab_size - 1
+        token = ours._session.prefill(cache, [encoded.features], embed(engine_ids), (0, last))
+        found = [token.token_id]
+        while len(found) < len(wanted):
+            (token,) = ours._session.decode(cache, embed([found[-1]]), [(0, last)])
+            found.append(token.token_id)
+    assert found == wanted
+
+
+def test_adapters_are_added_up_in_their_order_and_by_their_weights(base: Path, tmp_path: Path) -> None:
+    name = "language_model.layers.0.self_attn.q_proj.weight"
+    for number, rank in ((1, 2), (2, 4)):
+        adapt(base, tmp_path / str(number), {"r": rank, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    plain = Checkpoint(base, read_config(base))[name]
+    first, second = (open_adapted(base, tmp_path / number)[name] - plain for number in ("1", "2"))
+    adapters = [Adapter(tmp_path / "1", 0.25), Adapter(tmp_path / "2")]
+    found = Adapted(base, read_config(base), adapters)[name]
+    np.testing.assert_allclose(found, plain + 0.25 * first + second, rtol=1e-4, atol=1e-5)
+    whole = tmp_path / "whole"
+    adapt(base, whole, {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["linear"]})
+    with pytest.raises(CheckpointError, match=r"weight of 0\.5"):
+        Adapter(whole, 0.5)
 
 
 def test_a_folder_without_an_adapter_says_what_one_is(base: Path, tmp_path: Path) -> None:

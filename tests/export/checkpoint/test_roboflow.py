@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.numpy import save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge.errors import CheckpointError, UsageError
@@ -97,9 +98,12 @@ def test_the_adapter_of_a_package_takes_no_second_one(package: Path) -> None:
     assert tensors.read_preprocess().letterbox == (127, 127, 127)
 
 
-def test_an_adapter_alone_asks_for_its_base_model(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=f"add --lora {tmp_path}"):
+def test_an_adapter_alone_names_its_base_model_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = {"peft_type": "LORA", "lora_alpha": 8, "base_model_name_or_path": "nobody/has-this"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"nobody/has-this --lora {tmp_path}"):
         open_checkpoint(str(tmp_path))
 
 

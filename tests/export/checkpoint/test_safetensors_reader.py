@@ -124,8 +124,12 @@ def test_buffers_that_old_versions_saved_are_ignored(untied: tuple[Path, Tensors
         pytest.param(lambda t: t.pop(A_LAYER), A_LAYER, "no tensor", id="missing"),
         pytest.param(lambda t: t.pop("lm_head.weight"), "model.lm_head.weight", "no tensor", id="missing-untied-head"),
         pytest.param(
-            lambda t: t.update({A_LAYER + ".lora_A": torch.ones(1)}), A_LAYER + ".lora_A", "left over", id="left"
+            lambda t: t.update({A_LAYER + ".lora_A": torch.ones(1)}),
+            A_LAYER + ".lora_A",
+            "saved unmerged",
+            id="adapter",
         ),
+        pytest.param(lambda t: t.update({"score.weight": torch.ones(1)}), "score.weight", "left over", id="left"),
         pytest.param(lambda t: t.update({A_LAYER: t[A_LAYER][:-1].clone()}), A_LAYER, "of shape [15, 48]", id="shape"),
         pytest.param(lambda t: t.update({"lm_head.weight": torch.ones(())}), "model.lm_head.weight", "[]", id="scalar"),
         pytest.param(lambda t: t.update({A_NORM: t[A_NORM].to(torch.int8)}), A_NORM, "of type I8", id="dtype"),
