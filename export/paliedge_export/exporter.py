@@ -269,6 +269,7 @@ class _Job:
         reference.check_reading(samples, tokenizer, source.tokens, preprocess)
         self.reference.name = reference.name
         self.reference.compared = f"prompts, pixels and ends of {len(samples)} images"
+        self.reference.compared += f"; it answers {reference.how}" if reference.how else ""
         return reference
 
     def _witnessed(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], ReferenceRun, Precision] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from paliedge import PaliGemma
 from paliedge.bundle import bundle, digests, publish
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
-from paliedge.bundle.manifest import MANIFEST, Manifest, write_manifest
+from paliedge.bundle.manifest import FORMAT_VERSION, MANIFEST, Manifest, write_manifest
 from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import BundleError, EngineMismatchError, UsageError
 from paliedge_export.exporter import export_bundle
@@ -223,8 +224,13 @@ def place_value(content: Any, path: str, value: object) -> None:
         ("model/surprise", 1),
         ("targets/cpu/decoder/surprise", 1),
         ("files/tokenizer.json/surprise", 1),
-        ("format_version", 2),
+        ("format_version", 0),
+        ("format_version", 3),
         ("format_version", "1"),
+        ("tokens/ends", [10**6]),
+        ("preprocess/rescale_factor", "1"),
+        ("reference", {"name": 1}),
+        ("adapters", {"one": "../x"}),
         ("model/text/num_layers", "3"),
         ("model/text/num_layers", 3.0),
         ("model/text/num_layers", True),
@@ -237,7 +243,7 @@ def place_value(content: Any, path: str, value: object) -> None:
         ("model", []),
         ("tokens/eos", -1),
         ("tokens/eos", 2**31),
-        ("preprocess/resample", "nearest"),
+        ("preprocess/resample", "cubic"),
         ("preprocess/mean", [0.5, 0.5]),
         ("preprocess/mean", [0.5, 0.5, float("nan")]),
         ("embedding/scale", float("nan")),
@@ -312,7 +318,9 @@ def test_names_that_are_no_plain_file_names_are_refused(path: str, name: str, co
     save_manifest(copy, content)
     (copy.parent / "x").write_bytes((copy / "tokenizer.json").read_bytes())
     assert "expected" in str(assert_refused(copy))
-    assert "in format 1" in assert_refused(copy).expected, "refused for its name, not for what is behind it"
+    assert f"in format {FORMAT_VERSION}" in assert_refused(copy).expected, (
+        "refused for its name, not for what is behind it"
+    )
 
 
 @pytest.mark.usefixtures("no_session")
@@ -606,3 +614,70 @@ def test_a_kill_at_any_moment_leaves_a_whole_bundle(exported: Path, other: Path,
         copy_into(other, staging)
     assert leftovers(folder) == []
     assert Bundle(folder).manifest == whole[1]
+
+
+SINCE_2 = {"": ("reference", "layer_lists", "signature", "adapters"), "tokens": ("ends", "spoken_ends")}
+SINCE_2 |= {"preprocess": ("rescale_factor",)}
+
+
+def write_raw(folder: Path, raw: dict[str, Any]) -> None:
+    """Write a manifest of any format with the digest that it should have."""
+    raw["sha256"] = ""
+    compact = json.dumps(raw, separators=(",", ":"), ensure_ascii=False).encode()
+    raw["sha256"] = hashlib.sha256(compact).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(raw, indent=2))
+
+
+def test_a_bundle_of_format_1_is_read_as_it_was_written(exported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    raw = json.loads((copy / MANIFEST).read_text())
+    for section, names in SINCE_2.items():
+        for name in names:
+            (raw[section] if section else raw).pop(name, None)
+    raw["format_version"] = 1
+    write_raw(copy, raw)
+    manifest = Bundle(copy).manifest
+    assert manifest.format_version == 1
+    assert manifest.tokens.end_ids == {manifest.tokens.eos}
+    assert manifest.preprocess.rescale_factor == 1 / 255
+    assert (manifest.reference, manifest.adapters) == (None, {})
+
+
+def test_a_bundle_of_a_newer_paliedge_says_what_to_do(exported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    write_raw(copy, json.loads((copy / MANIFEST).read_text()) | {"format_version": FORMAT_VERSION + 1, "news": 1})
+    with pytest.raises(BundleError, match=r"of a newer paliedge.*pip install --upgrade paliedge"):
+        Bundle(copy)
+
+
+def lay_out_as_the_hub_does(source: Path, cache: Path) -> Path:
+    """A snapshot whose files are links to blobs; returns its folder."""
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in source.iterdir():
+        name = hashlib.sha256(path.name.encode()).hexdigest()
+        shutil.copy(path, blobs / name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / name)
+    return snapshot
+
+
+def test_a_bundle_in_the_hubs_cache_is_one(exported: Path, tmp_path: Path) -> None:
+    snapshot = lay_out_as_the_hub_does(exported, tmp_path / "models--me--bundle")
+    assert Bundle(snapshot).manifest == Bundle(exported).manifest
+    blob = (snapshot / "tokenizer.json").resolve()
+    blob.write_bytes(blob.read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(BundleError, match="other content"):
+        Bundle(snapshot)
+
+
+@pytest.mark.parametrize("target", ["../../elsewhere", "../../../blobs/x", "../../blobs/../elsewhere", "/etc/hostname"])
+def test_a_link_that_leads_out_of_the_blobs_is_refused(target: str, exported: Path, tmp_path: Path) -> None:
+    snapshot = lay_out_as_the_hub_does(exported, tmp_path / "models--me--bundle")
+    for path in (tmp_path / "models--me--bundle" / "elsewhere", tmp_path / "blobs" / "x"):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(exported / "tokenizer.json", path)
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(target)
+    with pytest.raises(BundleError, match="no regular file"):
+        Bundle(snapshot)

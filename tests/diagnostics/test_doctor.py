@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import time
 from collections.abc import Iterable
@@ -405,3 +406,33 @@ def test_bf16_graphs_need_a_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "--target cpu" in finding.action
     put_machine(monkeypatch, ORIN, TENSORRT)
     assert find(tmp_path, [folder])[ON_ORT].status == "note"
+
+
+def put_distribution(folder: Path, name: str) -> None:
+    """What pip leaves of an installed package."""
+    info = folder / f"{name.replace('-', '_')}-1.23.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.23.0\n")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"])
+def test_two_onnx_runtimes_in_one_environment_are_a_problem(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find(tmp_path)["onnxruntime"].status == "ok"
+    put_distribution(tmp_path / "site", name)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    finding = find(tmp_path)["onnxruntime"]
+    assert finding.status == "problem"
+    assert f"pip uninstall onnxruntime {name}" in finding.action
+
+
+def test_an_onnx_runtime_for_gpus_without_cuda_was_displaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's wheel for a Jetson, over which pip has put PyPI's."""
+    put_distribution(tmp_path / "site", "onnxruntime-gpu")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    there = importlib.metadata.distributions
+    monkeypatch.setattr(doctor, "distributions", lambda: [one for one in there() if one.name != "onnxruntime"])
+    finding = find(tmp_path)["onnxruntime-gpu"]
+    assert (finding.value, finding.status) == ("1.23.0", "problem")
+    assert "NVIDIA's own wheel" in finding.action

@@ -7,6 +7,7 @@ checked at each load and sha256 on the first one. Knows nothing of sessions, ima
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from pathlib import Path
 
@@ -75,7 +76,7 @@ class Bundle:
         for name, recorded in self._files.items():
             path = self.folder / name
             try:
-                status = path.lstat()
+                status = _status_of(path)
             except OSError as error:
                 raise self._damaged(name, f"no file '{name}'") from error
             if not stat.S_ISREG(status.st_mode):
@@ -101,6 +102,7 @@ class Bundle:
             tokens.vocab_size - 1,
             tokens.bos,
             tokens.eos,
+            *tokens.ends,
             tokens.newline,
             tokens.first_location + tokens.num_locations - 1,
             tokens.first_segmentation + tokens.num_segmentations - 1,
@@ -153,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        if not stat.S_ISREG(_status_of(path).st_mode):
             raise _damaged(folder, f"'{MANIFEST}', which is no regular file")
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -174,6 +176,20 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.sha256 != content_digest(content):
         raise _damaged(folder, f"'{MANIFEST}' with other content than was exported")
     return manifest
+
+
+def _status_of(path: Path) -> os.stat_result:
+    """Of the file itself, or of what it links to in the hub's cache: from `snapshots/REVISION` to `blobs` beside it.
+
+    Other links are not followed: they would lead out of what was exported.
+    """
+    status = path.lstat()
+    snapshots = path.absolute().parents[1]
+    if stat.S_ISLNK(status.st_mode) and snapshots.name == "snapshots":
+        blob = path.parent / path.readlink()
+        if blob.parent.resolve() == (snapshots.parent / "blobs").resolve():
+            return blob.lstat()
+    return status
 
 
 class _Format(msgspec.Struct):

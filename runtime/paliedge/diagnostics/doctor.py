@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -39,6 +39,10 @@ _JETPACK = {
     "39.2": "7.2",
 }
 """JetPack by the longest matching start of its L4T version."""
+_OTHER_ORT = (
+    *("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-training"),
+    *("onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-migraphx"),
+)
 _PACKAGES = ("paliedge", "numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")
 _JETPACK_6, _PYTHON_OF_JETPACK_6 = "36", (3, 10)
 _TIMEOUT_S = 5
@@ -150,7 +154,8 @@ def _probe_onnxruntime() -> list[str] | PaliEdgeError:
 def _examine_packages(onnxruntime: list[str] | PaliEdgeError) -> Iterator[Finding]:
     for name in _PACKAGES:
         try:
-            yield Finding(name, version(name))
+            found, problem = version(name), _problem_of(name, onnxruntime)
+            yield Finding(name, found, "problem" if problem else "ok", problem)
         except PackageNotFoundError:
             if name in ("onnxruntime-gpu", "cuda-bindings"):
                 yield Finding(name, "not installed", "note", "Only needed to run on a GPU.")
@@ -163,6 +168,26 @@ def _examine_packages(onnxruntime: list[str] | PaliEdgeError) -> Iterator[Findin
     else:
         yield Finding("providers", ", ".join(onnxruntime))
         yield _examine_arithmetic()
+
+
+def _problem_of(name: str, onnxruntime: list[str] | PaliEdgeError) -> str:
+    """What is wrong with an installed ONNX Runtime: all of its packages lie in one folder, where the last one wins."""
+    if not name.startswith("onnxruntime"):
+        return ""
+    there = sorted({str(one.name) for one in distributions() if str(one.name).startswith("onnxruntime")})
+    there = [one for one in there if one in ("onnxruntime", *_OTHER_ORT)]
+    wanted = "onnxruntime-gpu" if "onnxruntime-gpu" in there else there[-1] if there else name
+    if len(there) > 1:
+        return (
+            f"{' and '.join(there)} overwrite each other: run `pip uninstall {' '.join(there)}`, then install one of "
+            f"them again, such as `pip install {wanted}`; on a Jetson NVIDIA's own wheel of it."
+        )
+    if name == "onnxruntime-gpu" and isinstance(onnxruntime, list) and "CUDAExecutionProvider" not in onnxruntime:
+        return (
+            "It has no CUDA: another package has taken its place, or it was not built for this machine. Run "
+            "`pip install --force-reinstall onnxruntime-gpu`; on a Jetson with NVIDIA's own wheel."
+        )
+    return ""
 
 
 def _examine_arithmetic() -> Finding:

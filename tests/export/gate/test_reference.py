@@ -1,0 +1,161 @@
+"""transformers reads the same folder by itself: whatever our own reader gets wrong, the gate refuses by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.manifest import Precision
+from paliedge.errors import PrecisionError
+from paliedge_export import exporter
+from paliedge_export.checkpoint.generation import read_ends
+from paliedge_export.checkpoint.safetensors_reader import Checkpoint
+from paliedge_export.checkpoint.tokenizer import read_tokenizer
+from paliedge_export.exporter import export_bundle
+from paliedge_export.gate import reference
+from tests.export.conftest import Tiny
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def plant_truncation(patch: pytest.MonkeyPatch) -> None:
+    original = read_tokenizer
+
+    def truncated(folders: Any) -> Any:
+        found = original(folders)
+        raw = json.loads(found.content)
+        raw["normalizer"] = {"type": "Replace", "pattern": {"String": "caption"}, "content": "cap"}
+        return found._replace(content=json.dumps(raw).encode())
+
+    patch.setattr(exporter, "read_tokenizer", truncated)
+
+
+def plant_stale_weights(patch: pytest.MonkeyPatch) -> None:
+    original = Checkpoint.__getitem__
+
+    def stale(self: Checkpoint, name: str) -> Any:
+        found = original(self, name)
+        return found * np.float32(0.9) if name == "language_model.layers.1.mlp.up_proj.weight" else found
+
+    patch.setattr(Checkpoint, "__getitem__", stale)
+
+
+def plant_processor_switch(patch: pytest.MonkeyPatch) -> None:
+    original = Checkpoint.read_preprocess
+    patch.setattr(
+        Checkpoint,
+        "read_preprocess",
+        lambda self: msgspec.structs.replace(original(self), mean=(0.0,) * 3, std=(1.0,) * 3),
+    )
+
+
+def plant_wrong_end(patch: pytest.MonkeyPatch) -> None:
+    original = read_ends
+
+    def wrong(folders: Any, tokenizer: Any) -> Any:
+        tokens, notes = original(folders, tokenizer)
+        return msgspec.structs.replace(tokens, ends=(1, 44)), notes
+
+    patch.setattr(exporter, "read_ends", wrong)
+
+
+PLANTS: dict[str, tuple[Plant, str]] = {
+    "tokenizer": (plant_truncation, "the prompt 'caption en' as tokens"),
+    "weights": (plant_stale_weights, "error of log-probabilities"),
+    "processor": (plant_processor_switch, "pixel_values as its image processor makes them"),
+    "end": (plant_wrong_end, r"answers that end at \[1\]"),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("plant", "named"), PLANTS.values(), ids=PLANTS)
+def test_a_fault_of_our_own_reader_makes_the_gate_refuse(
+    plant: Plant, named: str, precision: Precision, paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(PrecisionError, match=named):
+        export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def compare_without(paligemma: Tiny, folder: Path) -> tuple[str, list[str]]:
+    """Why nothing was compared, and what was said."""
+    said: list[str] = []
+    export_bundle(str(paligemma.checkpoint), folder / "bundle", precision="fp16", report=said.append)
+    kept = Bundle(folder / "bundle").manifest.reference
+    assert kept is not None
+    assert kept.name == kept.compared == ""
+    assert f"not compared with transformers: {kept.not_compared}" in said
+    return kept.not_compared, said
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_what_is_not_installed_is_called_that(
+    name: str, paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    reason, _ = compare_without(paligemma, tmp_path)
+    assert reason.startswith(f"{name} is not installed; pip install")
+
+
+def test_an_older_transformers_is_not_called_a_missing_one(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = ModuleType("transformers")
+    old.__version__ = "4.57.3"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    assert compare_without(paligemma, tmp_path)[0].startswith("transformers 4.57.3 is too old")
+
+
+def test_a_transformers_that_breaks_on_import_is_no_traceback(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> Any:
+        raise RuntimeError(f"{name} was built for another numpy\nsecond line")
+
+    monkeypatch.setattr(reference, "import_module", fail)
+    assert "torch cannot be imported (torch was built for another numpy)" in compare_without(paligemma, tmp_path)[0]
+
+
+def test_what_transformers_cannot_read_is_said_in_its_words(paligemma: Tiny, tmp_path: Path) -> None:
+    """Names behind a wrapper's prefix: we take it off, transformers would go on with random weights."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(paligemma.checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    wrapped = dataclasses.replace(paligemma, checkpoint=folder)
+    assert "it finds no" in compare_without(wrapped, tmp_path)[0]
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_loaded(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr(reference, "_HEADROOM", 1e9)
+    monkeypatch.setattr(reference, "load_model", refuse)
+    assert "are free" in compare_without(paligemma, tmp_path)[0]
+
+
+def test_where_only_bfloat16_fits_it_is_compared_in_that_and_says_so(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_dtype_that_fits", lambda config: "bfloat16")
+    manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision="fp16")
+    assert manifest.reference is not None
+    assert "in bfloat16" in manifest.reference.compared
+    assert "float32 graphs" in manifest.reference.compared
