@@ -9,7 +9,7 @@ SYSTEM ?=
 GPU_EXTRAS ?= gpu,tensorrt
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-system test-aarch64 test-processors test-python3.13 debian test-latest test-oldest test-gpu lint types \
+.PHONY: demo test test-system test-aarch64 test-processors test-python3.13 debian test-latest test-oldest soak test-gpu lint types \
 	architecture lock bench-report clean
 
 demo: .venv/export/ready
@@ -55,6 +55,10 @@ test-latest: .venv/latest/ready
 test-oldest: .venv/oldest/ready .venv/python3.10/ready
 	.venv/oldest/bin/python -m pytest --announced
 	.venv/python3.10/bin/python -m pytest --announced
+
+# Checkpoints in 2,000 random forms, of which `make test` has 30. Takes an hour.
+soak: $(TEST)/ready
+	PALIEDGE_NUM_FORMS=2000 $(TEST)/bin/python -m pytest -q tests/export/test_random_forms.py
 
 # Needs an NVIDIA GPU. SYSTEM=--system-site-packages lets the environment see JetPack's TensorRT;
 # GPU_EXTRAS=cpu,tensorrt is for Python 3.10, which has no onnxruntime-gpu; GPU_EXTRAS=gpu,rtx for desktops.
@@ -106,4 +110,4 @@ clean:
 	rm -rf .venv build dist demo_output
 
 # Tests run on one thread: two wait for one another where a neighbour takes a core.
-test test-aarch64 test-processors test-python3.13 test-latest test-oldest: export OMP_NUM_THREADS := 1
+test test-aarch64 test-processors test-python3.13 test-latest test-oldest soak: export OMP_NUM_THREADS := 1

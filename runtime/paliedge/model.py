@@ -50,7 +50,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def _takes_old_keywords(method: MethodT) -> MethodT:
-    """Options as keywords of their own, as before 0.3, still work in this version; type checkers know them no more."""
+    """Options as keywords of their own, as in 0.1, still work in this version; type checkers know them no more."""
 
     @wraps(method)
     def call(model: PaliGemma, *arguments: Any, **keywords: Any) -> Any:

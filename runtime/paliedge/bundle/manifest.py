@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 
 FORMAT_VERSION: Literal[2] = 2
-"""What is written. Format 1, of paliedge before 0.3, lacks the optional sections and is read as it is."""
+"""What is written. Format 1, of paliedge 0.1, lacks the optional sections and is read as it is."""
 MANIFEST = "bundle.json"
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
