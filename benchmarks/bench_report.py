@@ -28,6 +28,8 @@ _SIZES = {
     "mid": "full width, 6 + 6 layers (224 pixels)",
     "3b": "PaliGemma-3B's size (224 pixels)",
 }
+_DECODERS = {"mid": "", "3b": "", "mid_without_vnni": ", on a processor without VNNI"}
+"""The processor that a decoder's figures are of, where it is another kind than all others."""
 _STAGES = ("vision", "prefill", "token", "answer")
 
 
@@ -279,11 +281,12 @@ def _ratio(best: dict[str, Any]) -> str:
 
 def _decoders() -> Iterator[str]:
     """Decoders alone, beside runtimes that know no PaliGemma."""
-    for size in _SIZES:
-        found = _load(f"peers_decoder_{size}.json")
+    for name, processor in _DECODERS.items():
+        found = _load(f"peers_decoder_{name}.json")
         if found:
+            size = found["size"]
             yield (
-                f"## The decoder alone, {found['layers']} layers\n\n"
+                f"## The decoder alone, {found['layers']} layers{processor}\n\n"
                 f"{found['prefix']} tokens in, {found['tokens']} out, no image, on {found['machine']['cpu']}. The mask "
                 "is causal in the peers, prefix-LM in ours. By `python -m benchmarks.peers.decoder_only "
                 f"{size} --work FOLDER --rounds {found['rounds']}`:"
