@@ -214,7 +214,9 @@ def export(
         for name, reason in manifest.not_compared.items():
             click.echo(f"warning: the graphs for {name} were not compared: {reason}", err=True)
     if as_json:
-        kept = {name: msgspec.to_builtins(getattr(manifest, name)) for name in ("comparisons", "not_compared")}
+        kept = {
+            name: msgspec.to_builtins(getattr(manifest, name)) for name in ("comparisons", "not_compared", "reference")
+        }
         chosen = next(iter(manifest.targets.values())).precision
         click.echo(json.dumps({"bundle": str(output), "targets": list(manifest.targets), "precision": chosen, **kept}))
         return

@@ -8,20 +8,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.golden import GOLDEN, write_golden
-from paliedge.bundle.manifest import Limits, Manifest, Precision, write_manifest
-from paliedge.bundle.manifest import Reference as ManifestReference
+from paliedge.bundle.manifest import Limits, Manifest, Precision, Reference, write_manifest
 from paliedge.bundle.precision_report import PRECISION_REPORT, PrecisionReport, TargetReport, write_precision_report
 from paliedge.bundle.publish import publish_bundle
 from paliedge.errors import UsageError
-from paliedge.inputs.preprocess import Preprocessor
-from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.generation import read_ends
 from paliedge_export.checkpoint.metadata import describe_switches
 from paliedge_export.checkpoint.opening import check_rows, open_checkpoint
@@ -31,9 +28,9 @@ from paliedge_export.checkpoint.tokenizer import read_tokenizer
 from paliedge_export.gate.bfloat16 import emulated
 from paliedge_export.gate.compare import MAX_IMAGES, check, compare, find_obstacle, find_wrong_sums
 from paliedge_export.gate.golden import golden_from_answers
-from paliedge_export.gate.reference import NotComparedError, Reference
 from paliedge_export.gate.runner import ReferenceRun, Runner, collect_statistics, ignore_outputs
 from paliedge_export.gate.sensitivity import NUM_SAMPLES, Trial, keep_worst, rank_layers
+from paliedge_export.gate.witness import Witness
 from paliedge_export.graphs.mask_decoder import find_mask_decoder, load_mask_decoder
 from paliedge_export.options import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -65,8 +62,6 @@ _FP32_GRAPHS, _THESE_GRAPHS = "its fp32 graphs", "these graphs"
 STAND_IN = "jetpack6"
 """Of the targets whose integers are laid out for TensorRT, the one that every ONNX Runtime runs."""
 _ENOUGH_TO_CALIBRATE = 32
-_NUM_WITNESSED = 2
-"""Images on which transformers is asked, where it does not judge the graphs themselves."""
 _OFF = "the comparison was off"
 
 Report = Callable[[str], None]
@@ -149,7 +144,8 @@ def export_bundle(
         preprocess=msgspec.structs.replace(preprocess, letterbox=letterbox or preprocess.letterbox),
     )
     with publish_bundle(output) as staging:
-        job = _Job(staging, source, opened, tuple(dict.fromkeys(targets)), chosen, quantization, report)
+        witness = Witness(opened, source, report)
+        job = _Job(staging, source, opened, tuple(dict.fromkeys(targets)), chosen, quantization, report, witness)
         return job.run(samples, compare=compare)
 
 
@@ -157,15 +153,6 @@ def _calibrating(samples: Sequence[Sample]) -> Sequence[Sample]:
     """Those that calibrate and do not judge; none where too few would be left, and then all do both."""
     apart = samples[:-MAX_IMAGES]
     return apart if len(apart) >= _ENOUGH_TO_CALIBRATE else []
-
-
-@dataclass
-class _Held:
-    """What the manifest will say of transformers, see `manifest.Reference`."""
-
-    name: str = ""
-    compared: str = ""
-    not_compared: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,7 +166,7 @@ class _Job:
     precision: Precision
     quantization: Quantization
     report: Report
-    reference: _Held = field(default_factory=_Held)
+    witness: Witness
 
     def run(self, folder: SampleFolder | None, *, compare: bool) -> Manifest:
         """Calibrate if the precision asks for it, write, compare if that is wanted; returns what was written."""
@@ -216,7 +203,7 @@ class _Job:
         self.report(f"writing {self.precision} graphs for {', '.join(self.targets)}")
         stored = write_all_weights(self.staging, self.source, tensors, self.targets, encoding)
         manifest = write_bundle(self.staging, self.source, stored, self.targets, encoding)
-        held = ManifestReference(**asdict(self.reference)) if compare else ManifestReference(not_compared=_OFF)
+        held = self.witness.said if compare else Reference(not_compared=_OFF)
         manifest = msgspec.structs.replace(manifest, calibration=STATISTICS if quantized else None, reference=held)
         if compare:
             return self._compare(manifest, judged, reference, golden, report, stored, encoding)
@@ -233,14 +220,14 @@ class _Job:
         """
         words = self.source.words
         if self.precision == "fp32":
-            transformers = self._open_reference(samples)
+            transformers = self.witness.open(samples)
             if transformers is None or not transformers.exact:
                 return None, None
             return transformers.answer(samples, words), transformers.answer(self.source.golden_samples, words)
-        witnessed = self._witnessed(samples) if judge else None
+        testimony = self.witness.ask(samples) if judge else None
         with self._fp32_graphs(self.checkpoint) as (folder, _):
-            if witnessed:
-                self._hold_against(Runner(folder, "cpu", prepack=False), *witnessed)
+            if testimony:
+                self.witness.hold(Runner(folder, "cpu", prepack=False), testimony)
             collecting = self.precision in QUANTIZED and not statistics.inputs
             runner = Runner(folder, "cpu", statistics=collecting, prepack=False)
             self.report(f"answering {sum(len(one.prompts) for one in samples)} prompts on {len(samples)} images")
@@ -253,40 +240,6 @@ class _Job:
             answers = runner.answer(samples[-MAX_IMAGES:], _FP32_GRAPHS, watch=watch, report=self.report)
             golden = None if self.precision in QUANTIZED else runner.answer(self.source.golden_samples, _FP32_GRAPHS)
             return answers, golden
-
-    def _open_reference(self, samples: Sequence[Sample]) -> Reference | None:
-        """transformers on the same folder, whose prompts, pixels and ends are the same; else says why not."""
-        self.report("running transformers to compare with")
-        try:
-            reference = Reference(self.checkpoint, self.source.preprocess)
-        except NotComparedError as error:
-            self.reference.not_compared = str(error)
-            self.report(f"not compared with transformers: {error}")
-            return None
-        source = self.source
-        preprocess = Preprocessor(source.preprocess, source.config.vision.image_size)
-        tokenizer = PromptTokenizer(source.tokenizer, source.tokens)
-        reference.check_reading(samples, tokenizer, source.tokens, preprocess)
-        self.reference.name = reference.name
-        self.reference.compared = f"prompts, pixels and ends of {len(samples)} images"
-        self.reference.compared += f"; it answers {reference.how}" if reference.how else ""
-        return reference
-
-    def _witnessed(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], ReferenceRun, Precision] | None:
-        """What transformers says to a few of the samples that judge, before graphs take up memory."""
-        few = [replace(sample, prompts=sample.prompts[:1]) for sample in samples[-_NUM_WITNESSED:]]
-        reference = self._open_reference(few)
-        if reference is None:
-            return None
-        return few, reference.answer(few, self.source.words), "fp32" if reference.exact else "bf16"
-
-    def _hold_against(
-        self, runner: Runner, samples: Sequence[Sample], answers: ReferenceRun, precision: Precision
-    ) -> None:
-        """The float32 graphs, by which any other precision is judged, against transformers."""
-        judged = compare(runner, samples, answers, self.source.tokens, precision)
-        check(judged, "float32")
-        self.reference.compared += f"; float32 graphs: {judged.comparison.describe()}"
 
     @contextmanager
     def _fp32_graphs(self, tensors: Tensors) -> Iterator[tuple[Path, StoredByLayout]]:
@@ -344,7 +297,7 @@ class _Job:
         for name, target in manifest.targets.items():
             files = (target.vision_encoder.file, target.decoder.file)
             if reference is None:
-                missing = self.reference.not_compared or "transformers answers in bfloat16 here"
+                missing = self.witness.said.not_compared or "transformers answers in bfloat16 here"
                 not_compared[name] = f"there was nothing to compare with: {missing}"
             elif wrong := find_wrong_sums(manifest, name):
                 not_compared[name] = wrong

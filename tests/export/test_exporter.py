@@ -18,12 +18,12 @@ from paliedge.backends import ort
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Precision
 from paliedge.errors import CheckpointError, PrecisionError, UsageError
-from paliedge_export import exporter, options
+from paliedge_export import options
 from paliedge_export.checkpoint import opening
 from paliedge_export.checkpoint.big_vision import GEMMA2_27B_WIDTH
 from paliedge_export.checkpoint.config import ModelConfig, read_config
 from paliedge_export.exporter import export_bundle
-from paliedge_export.gate import compare, reference, runner
+from paliedge_export.gate import compare, reference, runner, witness
 from paliedge_export.weights import files
 from paliedge_export.weights.samples import PROMPTS, Sample
 from tests.export.conftest import Tiny
@@ -140,7 +140,7 @@ def test_answers_that_are_no_numbers_are_not_published(
                 row[:] = [dataclasses.replace(one, log_probs=[math.nan] * len(one.tokens)) for one in row]
             return found
 
-    monkeypatch.setattr(exporter, "Reference", ReferenceOfNan)
+    monkeypatch.setattr(witness, "Reference", ReferenceOfNan)
     with pytest.raises(PrecisionError, match="error of log-probabilities nan"):
         export_bundle(str(paligemma.checkpoint), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

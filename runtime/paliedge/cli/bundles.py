@@ -67,6 +67,9 @@ def info(bundle: Path | None, precision_report: bool, as_json: bool) -> None:
             rows[f"  {name} compared"] = manifest.comparisons[name].describe()
         else:
             rows[f"  {name} compared"] = f"no: {manifest.not_compared[name]}"
+    if manifest.reference:
+        said = manifest.reference
+        rows["checked by"] = f"{said.name}: {said.compared}" if said.name else f"nobody else: {said.not_compared}"
     for engine in manifest.engines:
         rows[f"engine {engine.flavour}"] = (
             f"{engine.version} for compute capability {engine.compute_capability}, {engine.precision}, "
