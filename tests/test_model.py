@@ -19,7 +19,7 @@ from paliedge import GenerationOptions, PaliGemma
 from paliedge.backends import ort
 from paliedge.backends.ort import OrtCache, OrtSession
 from paliedge.bundle.bundle import Bundle
-from paliedge.errors import ImageError, UsageError
+from paliedge.errors import ClosedError, ImageError, UsageError
 from paliedge.model import SHIPPED_BUNDLE
 
 pytestmark = pytest.mark.bare
@@ -168,6 +168,31 @@ def test_a_request_that_does_not_fit_is_refused_before_anything_runs(
 def test_no_label_is_an_error(model: PaliGemma) -> None:
     with pytest.raises(UsageError, match="at least one label"):
         model.detect(SCENE.image, [])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: PaliGemma.load(backend="gpu"),  # type: ignore[arg-type]
+        lambda: PaliGemma.load(threads=-1),
+        lambda: GenerationOptions(min_confidence=5),
+        lambda: GenerationOptions(min_confidence=-0.1),
+        lambda: GenerationOptions(max_new_tokens="many"),  # type: ignore[arg-type]
+        lambda: PaliGemma.load().ocr(SCENE.image, {"free": True}),  # type: ignore[arg-type]
+    ],
+)
+def test_options_that_there_are_not_are_refused(ask: Callable[[], object]) -> None:
+    with pytest.raises(UsageError):
+        ask()
+
+
+def test_a_model_says_what_it_is_and_a_closed_one_is_not_entered() -> None:
+    model = PaliGemma.load()
+    assert repr(model) == "PaliGemma: 112 x 112 pixels, 5 layers of width 128"
+    model.close()
+    assert repr(model).endswith(", closed")
+    with pytest.raises(ClosedError), model:
+        pytest.fail("entered")
 
 
 def test_threads_share_a_model_and_get_their_own_answers(model: PaliGemma) -> None:

@@ -5,6 +5,7 @@ Weights pass through memory one tensor at a time. Imports neither torch nor tran
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -47,7 +48,7 @@ from paliedge_export.weights.activations import STATISTICS, Statistics, load_sta
 from paliedge_export.weights.files import QUANTIZED, Encoding, Tensors, quantized_bits
 from paliedge_export.weights.head_vocabulary import choose_head_vocabulary
 from paliedge_export.weights.linears import Linear, linears
-from paliedge_export.weights.samples import CALIBRATE, Sample, SampleFolder
+from paliedge_export.weights.samples import CALIBRATE, PLAIN_PICTURES, Sample, SampleFolder
 from paliedge_export.weights.smoothing import smooth, unsmoothed
 from paliedge_export.writer import (
     ModelSource,
@@ -62,7 +63,8 @@ _FP32_GRAPHS, _THESE_GRAPHS = "its fp32 graphs", "these graphs"
 STAND_IN = "jetpack6"
 """Of the targets whose integers are laid out for TensorRT, the one that every ONNX Runtime runs."""
 _ENOUGH_TO_CALIBRATE = 32
-_OFF = "the comparison was off"
+_LOG = logging.getLogger(__name__)
+_OFF = "left out by --no-compare"
 
 Report = Callable[[str], None]
 
@@ -84,7 +86,7 @@ def export_bundle(
     max_images: int = 1,
     letterbox: tuple[int, int, int] | None = None,
     compare: bool = True,
-    report: Report = lambda line: None,
+    report: Report = _LOG.info,
 ) -> Manifest:
     """Export `checkpoint` as the bundle `output`.
 
@@ -184,6 +186,8 @@ class _Job:
         judged = samples[-MAX_IMAGES:]
         calibrating = _calibrating(samples) or samples
         statistics = Statistics(f"{len(calibrating)} images of {folder.path.name}" if folder else "")
+        if quantized and folder and not folder.has_prompts:
+            self.report(f"warning: {folder.path} has no .jsonl with prompts like those to come. {PLAIN_PICTURES}")
         if compare and not folder:
             self.report("without images like those to come, the comparison has only drawn ones")
         if known:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -107,6 +107,7 @@ class PaliGemma:
             report: gets one line that says which backend runs, and why no better one.
 
         Raises:
+            UsageError: a backend that there is not, or a number of threads below 0.
             BundleError: no bundle there, or one that is damaged.
             EngineMismatchError: its engines were built for something else, or it has no graphs for
                 the wanted backend.
@@ -126,7 +127,13 @@ class PaliGemma:
             session.close()
             raise
 
+    def __repr__(self) -> str:
+        pixels, text = self.manifest.model.vision.image_size, self.manifest.model.text
+        closed = ", closed" if self._is_closed else ""
+        return f"PaliGemma: {pixels} x {pixels} pixels, {text.num_layers} layers of width {text.hidden_size}{closed}"
+
     def __enter__(self) -> PaliGemma:
+        self._check_open()
         return self
 
     def __exit__(
@@ -232,7 +239,7 @@ class PaliGemma:
 
     @_takes_old_keywords
     def detect(
-        self, image: Images, labels: str | Sequence[str], options: GenerationOptions = DEFAULT_OPTIONS
+        self, image: Images, labels: str | Iterable[str], options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Generation:
         """Find every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
 
@@ -243,7 +250,7 @@ class PaliGemma:
 
     @_takes_old_keywords
     def segment(
-        self, image: Images, labels: str | Sequence[str], options: GenerationOptions = DEFAULT_OPTIONS
+        self, image: Images, labels: str | Iterable[str], options: GenerationOptions = DEFAULT_OPTIONS
     ) -> Generation:
         """Find every instance of `labels` with its mask; a referring expression is a label too.
 

@@ -195,7 +195,7 @@ def test_targets_share_one_precision_and_one_set_of_weights(paligemma: Tiny, tmp
         "embed_tokens.fp16.weights",
         "vision_encoder.fp16.weights",
     ]
-    assert set(manifest.not_compared.values()) == {"the comparison was off"}
+    assert set(manifest.not_compared.values()) == {"left out by --no-compare"}
 
 
 def test_graphs_that_this_onnx_runtime_is_too_old_for_are_listed_with_the_reason(

@@ -341,11 +341,12 @@ def test_what_is_judged_has_no_part_in_what_it_is_judged_by(tmp_path: Path) -> N
     assert rankings[0] == rankings[1]
 
 
-def test_where_there_are_few_every_image_calibrates(tmp_path: Path) -> None:
+def test_where_there_are_few_every_image_calibrates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """20 images: a loud first one is seen, although the last 16 judge."""
     checkpoint = tmp_path / "checkpoint"
     make_tiny(checkpoint, "paligemma", **MILD)
     widths = {linear.name: linear.width for linear in linears(read_config(checkpoint))}
+    caplog.set_level("INFO")
     loudest = []
     for name, first in (("grey", 128), ("loud", 0)):
         folder = tmp_path / name
@@ -356,6 +357,7 @@ def test_where_there_are_few_every_image_calibrates(tmp_path: Path) -> None:
         found = load_statistics(tmp_path / f"{name}-bundle" / "calibration.safetensors", widths)
         assert found.source == f"20 images of {name}"
         loudest.append(found.inputs["vision_tower.encoder.layers.0.mlp.fc2"].absmax)
+    assert caplog.text.count("neither calibrated nor judged") == 2, "pictures without prompts: a warning"
     grey, loud = loudest
     assert not np.array_equal(grey, loud)
 

@@ -105,6 +105,14 @@ def test_the_given_pil_image_and_array_stay_as_they_were() -> None:
     assert np.array_equal(np.asarray(image), noise(7, 5))
 
 
+def test_a_folder_and_an_address_are_called_by_their_names(tmp_path: Path) -> None:
+    assert assert_refused(tmp_path).found == "a folder"
+    assert assert_refused(tmp_path / "missing.png").found == "none"
+    error = assert_refused("https://me:secret@example.com/x.png")
+    assert error.found == "an address"
+    assert "secret" not in str(error)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_the_four_formats_are_read(kind: str) -> None:
     picture = pixels(load_image(file_bytes(Image.fromarray(quadrants()), kind, lossless=True)))

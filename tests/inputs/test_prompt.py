@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.shapes.vocabulary import build_tokenizer, write_tokenizer
 from paliedge.bundle.manifest import Prompts, Tokens
 from paliedge.errors import BundleError, UsageError
-from paliedge.inputs.prompt import Prompt, PromptMaker
+from paliedge.inputs.prompt import Prompt, PromptMaker, free_prompt
 from paliedge.inputs.tokenizer import MAX_PROMPT_CHARACTERS, PromptTokenizer
 
 PROMPTS = PromptMaker(Prompts())
@@ -181,6 +181,60 @@ def test_a_question_has_words(make: Any) -> None:
     assert make("why?").text.endswith(" why?")
     with pytest.raises(UsageError, match="no text"):
         make(" ")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "a;b",
+        "a ;b",
+        "a; b",
+        " a ; b ; ",
+        ";a;;b",
+        ["a", "b"],
+        ("a", "b"),
+        ["a;b"],
+        ["a ;", "b"],
+        {"a": 0, "b": 1},
+    ],
+)
+@pytest.mark.parametrize("make", [PROMPTS.detect, PROMPTS.segment])
+def test_labels_mean_the_same_however_they_are_written(make: Any, labels: Any) -> None:
+    assert make(labels) == make("a ; b") == make(label for label in ("a", "b"))
+    assert make(labels).boxes.labels == ["a", "b"]
+    assert make(labels).text.endswith(" a ; b")
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ("", "an empty one"),
+        (" ; ", "an empty one"),
+        ([], "none"),
+        (["a", " "], "an empty one"),
+        (["a", None], "None among them"),
+        ([1], "1 \\(int\\) among them"),
+        (3, "3 \\(int\\)"),
+        (None, "None"),
+        (b"a", "b'a' \\(bytes\\)"),
+        ("detect a", "'detect a'"),
+        ("a ; detect b", "'detect b'"),
+        ("<image>detect a", "'<image>detect a'"),
+    ],
+)
+def test_what_is_no_label_is_refused_in_a_sentence(labels: Any, found: str) -> None:
+    with pytest.raises(UsageError, match=f"found {found}"):
+        PROMPTS.detect(labels)
+
+
+def test_a_label_may_begin_like_another_task() -> None:
+    assert PROMPTS.detect("segment display").text == "detect segment display"
+
+
+@pytest.mark.parametrize("prompt", ["<image>detect a", " <image> caption en", None, 3])
+def test_a_free_prompt_is_text_without_transformers_image_token(prompt: Any) -> None:
+    with pytest.raises(UsageError, match="expected a prompt"):
+        free_prompt(prompt)
 
 
 def test_a_file_that_is_no_tokenizer_is_a_bundle_error(tmp_path: Path, tokens: Tokens) -> None:

@@ -29,11 +29,51 @@ guesses gives each of 1024 bins a thousandth."""
 
 
 GATES: dict[Precision, Gate] = {
-    "fp32": Gate(1e-3, 0.9999, 0.9999, 0.9999, 0.9999, 1.0, 0.99),
-    "fp16": Gate(5e-2, 0.9999, 0.999, 0.9995, 0.99, 0.99, 0.98),
-    "bf16": Gate(2e-1, 0.9995, 0.99, 0.999, 0.99, 0.98, 0.95),
-    "int8": Gate(None, 0.99, 0.9, 0.98, 0.9, 0.95, 0.9),
-    "int4": Gate(None, 0.98, 0.85, 0.95, 0.8, 0.9, 0.8),
+    "fp32": Gate(
+        error=1e-3,
+        features_mean=0.9999,
+        features_min=0.9999,
+        hidden_mean=0.9999,
+        hidden_min=0.9999,
+        sure_tokens=1.0,
+        box_iou=0.99,
+    ),
+    "fp16": Gate(
+        error=5e-2,
+        features_mean=0.9999,
+        features_min=0.999,
+        hidden_mean=0.9995,
+        hidden_min=0.99,
+        sure_tokens=0.99,
+        box_iou=0.98,
+    ),
+    "bf16": Gate(
+        error=2e-1,
+        features_mean=0.9995,
+        features_min=0.99,
+        hidden_mean=0.999,
+        hidden_min=0.99,
+        sure_tokens=0.98,
+        box_iou=0.95,
+    ),
+    "int8": Gate(
+        error=None,
+        features_mean=0.99,
+        features_min=0.9,
+        hidden_mean=0.98,
+        hidden_min=0.9,
+        sure_tokens=0.95,
+        box_iou=0.9,
+    ),
+    "int4": Gate(
+        error=None,
+        features_mean=0.98,
+        features_min=0.85,
+        hidden_mean=0.95,
+        hidden_min=0.8,
+        sure_tokens=0.9,
+        box_iou=0.8,
+    ),
 }
 
 

@@ -119,7 +119,7 @@ def load_model(folder: Path, dtype: str = "float32") -> PaliGemmaForConditionalG
     return model.eval()
 
 
-class Reference:
+class TransformersReference:
     """A checkpoint as transformers reads it.
 
     Its processor knows no letterbox: then it gets the square.

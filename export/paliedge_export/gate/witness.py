@@ -19,7 +19,7 @@ from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.gate.compare import check, compare
-from paliedge_export.gate.reference import NotComparedError, Reference
+from paliedge_export.gate.reference import NotComparedError, TransformersReference
 from paliedge_export.gate.runner import ReferenceRun, Runner
 from paliedge_export.weights.samples import Sample
 from paliedge_export.writer import ModelSource
@@ -54,7 +54,7 @@ class Witness:
         self._source = source
         self._report = report
 
-    def open(self, samples: Sequence[Sample]) -> Reference | None:
+    def open(self, samples: Sequence[Sample]) -> TransformersReference | None:
         """transformers on the same folder, whose prompts, pixels and ends are the bundle's; None, and why, without it.
 
         Raises:
@@ -62,7 +62,7 @@ class Witness:
         """
         self._report("running transformers to compare with")
         try:
-            reference = Reference(self._checkpoint, self._source.preprocess)
+            reference = TransformersReference(self._checkpoint, self._source.preprocess)
         except NotComparedError as error:
             self._note(not_compared=str(error))
             self._report(f"not compared with transformers: {error}")

@@ -1,7 +1,7 @@
 """Pictures and prompts that a model is calibrated and judged with.
 
 A folder of images, and in it, if there are any, the JSONL files that PaliGemma is fine-tuned with: a line
-with `image`, `prefix` (the prompt) and `suffix` (the answer) for each example.
+with `image`, `prefix` (the prompt) and `suffix` (the answer, not needed here) for each example.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -19,9 +18,6 @@ from PIL import Image
 
 from paliedge.errors import UsageError
 from paliedge.inputs.images import SUFFIXES, load_image
-
-if TYPE_CHECKING:
-    pass
 
 PROMPTS = ("caption en", "detect cat ; dog", "answer en what is this?")
 """For a head that can say everything."""
@@ -33,8 +29,12 @@ PROMPTS_PER_IMAGE = 2
 DEFAULT_PROMPTS = ("caption en", "ocr")
 """For images without prompts: every PaliGemma mix and most fine-tunes know them."""
 CALIBRATE = (
-    "Give --calibrate a folder with a few dozen images that are like those to come. If you have them, add the "
-    ".jsonl files of your fine-tune (image, prefix, suffix)."
+    "Give --calibrate a folder with a few dozen images that are like those to come, and a .jsonl with a line for each: "
+    "image, prefix (the prompt), suffix (the answer; may be left out)."
+)
+PLAIN_PICTURES = (
+    f"They are asked {' and '.join(f'`{prompt}`' for prompt in DEFAULT_PROMPTS)}. What other prompts need, such as "
+    "`detect`, is neither calibrated nor judged."
 )
 FOLDER = "calibration"
 """A checkpoint may bring its samples in a folder of this name."""
@@ -64,6 +64,11 @@ class SampleFolder:
 
     path: Path
     prompts: dict[Path, list[str]]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether any picture has a prompt of its own."""
+        return any(self.prompts.values())
 
     def load(self) -> list[Sample]:
         """At most `MAX_IMAGES` spread over the folder, each with its first prompts."""
@@ -113,14 +118,14 @@ def builtin_samples(prompts: tuple[str, ...] = PROMPTS) -> list[Sample]:
 class _Line(msgspec.Struct):
     image: str
     prefix: str
-    suffix: str
+    suffix: str = ""
 
 
 def _read_line(path: Path, number: int, line: bytes) -> tuple[Path, str]:
     try:
         entry = msgspec.json.decode(line, type=_Line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unusable(path, f"line {number} without texts `image`, `prefix` and `suffix`") from error
+        raise _unusable(path, f"line {number} without texts `image` and `prefix`") from error
     file = path.parent / entry.image
     try:
         there = file.is_file()

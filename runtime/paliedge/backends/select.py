@@ -9,14 +9,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from paliedge.backends.session import Session
 from paliedge.backends.trt.flavours import TensorRt, load_flavour
 from paliedge.backends.trt.match import describe, describe_gpu, find_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Flavour, Manifest
-from paliedge.errors import DeviceError, EngineMismatchError, MissingExtraError
+from paliedge.errors import DeviceError, EngineMismatchError, MissingExtraError, UsageError
 
 Backend = Literal["auto", "tensorrt", "rtx", "onnxruntime", "cuda", "cpu"]
 OnMismatch = Literal["error", "rebuild", "fallback"]
@@ -44,6 +44,25 @@ class BackendOptions:
     threads: int = 0
     use_cuda_graph: bool = True
     sequential: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse names that there are not.
+
+        Raises:
+            UsageError: one of these.
+        """
+        for name, given, known in (
+            ("backend", self.backend, get_args(Backend)),
+            ("on_mismatch", self.on_mismatch, get_args(OnMismatch)),
+        ):
+            if given not in known:
+                raise UsageError(
+                    expected=f"a {name} of {', '.join(known)}", found=repr(given), action="Give one of these."
+                )
+        if not isinstance(self.threads, int) or self.threads < 0:
+            raise UsageError(
+                expected="threads from 0 on", found=repr(self.threads), action="Give 0 for every core there is."
+            )
 
 
 Report = Callable[[str], None]

@@ -42,6 +42,23 @@ class GenerationOptions:
     bgr: bool = False
     keep_image: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            UsageError: a confidence outside of 0 to 1, or a token limit that is no number.
+        """
+        if not isinstance(self.min_confidence, int | float) or not 0 <= self.min_confidence <= 1:
+            raise UsageError(
+                expected="a min_confidence from 0 to 1", found=repr(self.min_confidence), action="Give one of these."
+            )
+        if self.max_new_tokens is not None and not isinstance(self.max_new_tokens, int):
+            raise UsageError(
+                expected="max_new_tokens as a whole number",
+                found=repr(self.max_new_tokens),
+                action="Give one, or None.",
+            )
+
 
 DEFAULT_OPTIONS = GenerationOptions()
 
@@ -132,6 +149,12 @@ class RequestMaker:
             ImageError: an image cannot be read.
             UsageError: the prompt or an option is over the bundle's limit, or the bundle cannot answer the prompt.
         """
+        if not isinstance(options, GenerationOptions):
+            raise UsageError(
+                expected="options as `GenerationOptions`",
+                found=type(options).__name__,
+                action="Give `options=GenerationOptions(...)`.",
+            )
         sources = _sources_of(images)
         prompt = prompt if isinstance(prompt, Prompt) else free_prompt(prompt)
         limit = self._limit_of(options)

@@ -65,7 +65,13 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
         raise ImageError(
             expected="a path, the bytes of an image file, a PIL image or a numpy array",
             found=type(source).__name__,
-            action="Give one of these; several images are a list.",
+            action="Give one of these; several pictures in one prompt are an `ImageSet` of them.",
+        )
+    if "://" in str(source):  # not shown: an address may hold a password
+        raise ImageError(
+            expected="the path of an image file",
+            found="an address",
+            action="Fetch the picture first. Streams are for the command, such as `paliedge detect`.",
         )
     path = Path(source)
     try:
@@ -74,7 +80,9 @@ def load_image(source: ImageSource, *, bgr: bool = False) -> Image.Image:
         stream = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(
-            expected=f"a readable image file at {path}", found="none", action="Check the path and its permissions."
+            expected=f"a readable image file at {path}",
+            found="a folder" if os.path.isdir(path) else "none",
+            action="Check the path and its permissions.",
         ) from error
     with stream:
         return _decode_file(stream, str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from paliedge.bundle.manifest import Prompts
@@ -29,7 +29,19 @@ class Prompt(NamedTuple):
 
 
 def free_prompt(text: str) -> Prompt:
-    """Any prompt as it is; one that begins with `detect` or `segment` asks for boxes."""
+    """Any prompt as it is; one that begins with `detect` or `segment` asks for boxes.
+
+    Raises:
+        UsageError: it is no text, or begins with transformers' `<image>`.
+    """
+    if not isinstance(text, str):
+        raise UsageError(expected="a prompt, as text", found=_say(text), action="Give one such as `caption en`.")
+    if text.lstrip().startswith("<image>"):
+        raise UsageError(
+            expected="a prompt without `<image>`",
+            found=f"'{_cut(text)}'",
+            action="Leave `<image>` out: paliedge puts the pictures before the prompt by itself.",
+        )
     return Prompt(text, find_box_request(text))
 
 
@@ -43,32 +55,27 @@ class PromptMaker:
     def __init__(self, templates: Prompts) -> None:
         self._templates = templates
 
-    def detect(self, labels: str | Sequence[str]) -> Prompt:
+    def detect(self, labels: str | Iterable[str]) -> Prompt:
         """Every instance of `labels`: `["cat", "dog"]`, or `"cat ; dog"` as PaliGemma writes it.
 
         Raises:
-            UsageError: there is no label.
+            UsageError: there is no label, or one that is none.
         """
         return self.boxes("detect", labels)
 
-    def segment(self, labels: str | Sequence[str]) -> Prompt:
+    def segment(self, labels: str | Iterable[str]) -> Prompt:
         """Every instance of `labels` with its mask.
 
         Raises:
-            UsageError: there is no label.
+            UsageError: there is no label, or one that is none.
         """
         return self.boxes("segment", labels)
 
-    def boxes(self, task: BoxTask, labels: str | Sequence[str]) -> Prompt:
+    def boxes(self, task: BoxTask, labels: str | Iterable[str]) -> Prompt:
         """`detect` or `segment`."""
-        requested = split_labels(labels) if isinstance(labels, str) else list(labels)
-        if not any(label.strip() for label in requested):
-            raise UsageError(
-                expected="at least one label", found="none", action='Say what to find, such as "cat ; dog".'
-            )
-        text = labels if isinstance(labels, str) else " ; ".join(labels)
+        requested = _read_labels(task, labels)
         template: str = getattr(self._templates, task)
-        return Prompt(fill(template, labels=text), BoxRequest(task, requested))
+        return Prompt(fill(template, labels=" ; ".join(requested)), BoxRequest(task, requested))
 
     def caption(self, lang: str = "en", style: CaptionStyle = "caption") -> Prompt:
         """One sentence about the image; `lang` is a language code."""
@@ -98,8 +105,49 @@ class PromptMaker:
 
 
 def _check_text(what: str, text: str) -> None:
+    if not isinstance(text, str):
+        raise UsageError(expected=f"{what}, as text", found=_say(text), action="Give it in quotes.")
     if not text.strip():
         raise UsageError(expected=what, found="no text", action="Give one; an empty prompt is for `predict`.")
+
+
+def _read_labels(task: BoxTask, labels: str | Iterable[str]) -> list[str]:
+    """What is to be found, a label each: a semicolon parts labels wherever it stands."""
+    if isinstance(labels, bytes) or not isinstance(labels, Iterable):
+        raise _no_labels(_say(labels))
+    requested = []
+    for item in [labels] if isinstance(labels, str) else labels:
+        if not isinstance(item, str):
+            raise _no_labels(f"{_say(item)} among them")
+        found = split_labels(item)
+        if not found:
+            raise _no_labels("an empty one")
+        requested += found
+    if not requested:
+        raise _no_labels("none")
+    for label in requested:
+        for start in (f"{task} ", "<image>"):
+            if label.startswith(start):
+                raise UsageError(
+                    expected="labels alone",
+                    found=f"'{_cut(label)}'",
+                    action=f"Leave out `{start.strip()}`: it is put before the labels by itself.",
+                )
+    return requested
+
+
+def _no_labels(found: str) -> UsageError:
+    return UsageError(
+        expected="at least one label, as text", found=found, action='Say what to find, such as "cat ; dog".'
+    )
+
+
+def _say(value: object) -> str:
+    return "None" if value is None else f"{_cut(repr(value))} ({type(value).__name__})"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def find_box_request(prompt: str) -> BoxRequest | None:

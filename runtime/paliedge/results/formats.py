@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from paliedge.inputs.prompt import BoxRequest
 
 Format: TypeAlias = Literal["json", "jsonl", "csv", "coco", "yolo", "labelme"]
+# `paliedge.cli.options.FORMATS` lists them again, for `--help`, which must not import this module.
 TEXT_FORMATS = ("json", "jsonl", "csv")
 """Those that hold answers without boxes too."""
 FOLDER_FORMATS = ("yolo", "labelme")

@@ -142,7 +142,6 @@ def test_a_folder_that_holds_no_sample_is_refused(tmp_path: Path) -> None:
         "3",
         "null",
         '{"image": "a.png", "suffix": ""}',
-        '{"image": "a.png", "prefix": "ocr"}',
         '{"prefix": "ocr", "suffix": ""}',
         json.dumps(line("absent.png", "ocr")),
         json.dumps(line(".", "ocr")),

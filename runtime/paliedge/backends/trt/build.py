@@ -15,18 +15,13 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from paliedge.backends.trt.match import Part, choose_target, describe, describe_gpu, find_engine, parts_of, probe_gpu
-from paliedge.backends.trt.profiles import design_engine
-
-if TYPE_CHECKING:
-    pass
-
 from paliedge.backends.trt.builder_process import BuildCost, BuildEvent, BuildOrder
 from paliedge.backends.trt.flavours import TARGETS, TensorRt, find_flavours, load_flavour
+from paliedge.backends.trt.match import Part, choose_target, describe, describe_gpu, find_engine, parts_of, probe_gpu
+from paliedge.backends.trt.profiles import design_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import Engine, Flavour, Graph, Manifest, Plan

@@ -3,10 +3,6 @@
 # Tests: tests/backends/trt/test_build.py and tests/export/test_tensorrt_rtx.py.
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 from paliedge.backends.trt.flavours import TensorRt
 from paliedge.bundle.manifest import Engine, Graph, Manifest, Plan, Range
 
