@@ -133,7 +133,7 @@ def test_a_bundle_over_its_limit_is_not_published(
 def test_answers_that_are_no_numbers_are_not_published(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class ReferenceOfNan(reference.Reference):
+    class ReferenceOfNan(reference.TransformersReference):
         def answer(self, samples: Sequence[Sample], kept_tokens: Sequence[int]) -> runner.ReferenceRun:
             found = super().answer(samples, kept_tokens)
             for row in found.answers:
