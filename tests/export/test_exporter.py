@@ -140,7 +140,7 @@ def test_answers_that_are_no_numbers_are_not_published(
                 row[:] = [dataclasses.replace(one, log_probs=[math.nan] * len(one.tokens)) for one in row]
             return found
 
-    monkeypatch.setattr(witness, "Reference", ReferenceOfNan)
+    monkeypatch.setattr(witness, "TransformersReference", ReferenceOfNan)
     with pytest.raises(PrecisionError, match="error of log-probabilities nan"):
         export_bundle(str(paligemma.checkpoint), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
