@@ -29,7 +29,7 @@ def rtx_bundle(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.fixture(params=["onnxruntime", "tensorrt", "rtx"])
+@pytest.fixture(params=["onnxruntime", "tensorrt", pytest.param("rtx", marks=pytest.mark.opset24)])
 def backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
