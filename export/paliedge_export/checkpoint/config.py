@@ -109,6 +109,15 @@ def read_config(folder: Path) -> ModelConfig:
             found="no readable config.json" if isinstance(error, OSError) else "a config.json that is no JSON",
             action="Name the folder that holds config.json, tokenizer.json and the .safetensors files.",
         ) from error
+    return parse_config(raw)
+
+
+def parse_config(raw: Any) -> ModelConfig:
+    """What config.json holds.
+
+    Raises:
+        CheckpointError: not a PaliGemma, or a dimension or activation that is not supported.
+    """
     found = raw.get("model_type") if isinstance(raw, dict) else None
     if found != "paligemma":
         raise _unsupported("model_type", found, "paligemma")

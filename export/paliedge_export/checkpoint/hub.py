@@ -9,6 +9,7 @@ from paliedge.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors"]
+_TOKENIZER = ["tokenizer*", "added_tokens.json", "special_tokens_map.json"]
 
 
 def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
@@ -29,7 +30,16 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         checkpoint, _, revision = checkpoint.partition("@")
     if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
         raise _misspelt(checkpoint)
-    return _download(checkpoint, revision)
+    return _download(checkpoint, revision, _WANTED)
+
+
+def find_tokenizer(repository: str) -> Path:
+    """A folder with the tokenizer of a repository, without its weights.
+
+    Raises:
+        CheckpointError: it is gated, missing or out of reach.
+    """
+    return _download(repository, None, _TOKENIZER)
 
 
 def _misspelt(checkpoint: str) -> CheckpointError:
@@ -40,14 +50,14 @@ def _misspelt(checkpoint: str) -> CheckpointError:
     )
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
     """Download the repository. The client's errors are not kept as causes: their texts may hold the user's token."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     expected = f"the hub repository {repository}"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except GatedRepoError:  # before its base class RepositoryNotFoundError
         raise CheckpointError(
             expected=expected,

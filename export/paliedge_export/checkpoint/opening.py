@@ -14,6 +14,7 @@ from paliedge_export.checkpoint.big_vision import BigVisionCheckpoint
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.hub import find_checkpoint
 from paliedge_export.checkpoint.lora import Adapted, Adapter
+from paliedge_export.checkpoint.pi0 import Pi0Checkpoint, is_policy
 from paliedge_export.checkpoint.roboflow import split_package
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
 
@@ -28,7 +29,7 @@ def open_checkpoint(
     force_base: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
-    """A folder, a hub id, big_vision's .npz or Roboflow's package, with adapters merged into it if there are any.
+    """A folder, a hub id, big_vision's .npz, Roboflow's package or a pi0 policy, with its adapters merged into it.
 
     Args:
         checkpoint: its folder, file or hub id. An adapter alone brings the base model that it names.
@@ -57,6 +58,15 @@ def open_checkpoint(
             found=f"--lora {adapters[0]}, too",
             action=f"Leave out --lora, or name {folder} as CHECKPOINT.",
         )
+    if is_policy(folder):
+        if adapters:
+            raise UsageError(
+                expected="a policy without --lora",
+                found=f"--lora {adapters[0]}",
+                action="Merge it into the policy with the tools that trained it.",
+            )
+        report(f"{folder} is a policy for robots: its PaliGemma is exported, its action expert is left out")
+        return Pi0Checkpoint(folder)
     if packaged is None and not adapters:
         return Checkpoint(folder, read_config(folder))
     opened = [Adapter(packaged)] if packaged else [_open_adapter(str(one)) for one in adapters]

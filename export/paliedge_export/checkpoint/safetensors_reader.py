@@ -211,16 +211,20 @@ class Checkpoint(Mapping[str, Array]):
                     found=f"{error}",
                     action="Download or copy the checkpoint again.",
                 ) from error
-        plain = unwrapped_names({entry.key for entry in entries})
+        plain = self._plain_names({entry.key for entry in entries})
         for entry in entries:
-            name = canonical_name(plain[entry.key])
-            if _NO_PARAMETER.search(name):
+            name = canonical_name(plain.get(entry.key, ""))
+            if not name or _NO_PARAMETER.search(name):
                 continue
             if name in self._entries:
                 raise broken(self.folder, f"'{name}' twice", "Remove the weight files of the other version.")
             self._entries[name] = entry
         if self.config.tied and EMBED_TOKENS not in self._entries and LM_HEAD in self._entries:
             self._entries[EMBED_TOKENS] = self._entries.pop(LM_HEAD)  # one tensor, which kept its other name
+
+    def _plain_names(self, names: Collection[str]) -> dict[str, str]:
+        """The names of the tensors that belong to the model, each without what stands before it."""
+        return unwrapped_names(names)
 
     def _check(self, config: ModelConfig) -> None:
         wanted = expected_shapes(config)
