@@ -1,4 +1,4 @@
-"""The verb `export`. Imports nothing heavy before it runs, so that `paliedge --help` stays fast."""
+"""The verbs `export` and `push`. Imports nothing heavy before they run, so that `paliedge --help` stays fast."""
 
 from __future__ import annotations
 
@@ -185,11 +185,7 @@ def export(
         from paliedge_export.exporter import export_bundle
         from paliedge_export.options import Quantization
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            expected="the packages of the extra 'export'",
-            found=f"no package {error.name}",
-            action='Run `pip install "paliedge[cpu,export]"`.',
-        ) from error
+        raise _without_extra(error) from error
     manifest = export_bundle(
         checkpoint,
         output,
@@ -222,6 +218,42 @@ def export(
         return
     for name in manifest.targets:
         click.echo(f"{output}: {name}: {_describe(manifest, name)}")
+
+
+@command("paliedge push bundle me/paligemma-3b-parts-int8", "paliedge push bundle me/parts --private")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository")
+@option("--private", is_flag=True, help="Make a new repository private.", group="Output")
+@option(
+    "--license",
+    default="gemma",
+    show_default=True,
+    help="The licence of the checkpoint's weights, as the hub names it; gemma brings its notice.",
+    group="Output",
+)
+def push(bundle: Path, repository: str, private: bool, license: str) -> None:
+    """Upload BUNDLE to REPOSITORY on the Hugging Face hub, such as me/my-bundle; `-m me/my-bundle` runs it.
+
+    Its hashes are verified first, and a model card is written from its manifest. Whatever is derived from Gemma's
+    weights stays under Gemma's terms.
+    """
+    try:
+        from paliedge_export.sharing.pushing import push_bundle
+    except ModuleNotFoundError as error:
+        raise _without_extra(error) from error
+    click.echo(
+        push_bundle(
+            bundle, repository, private=private, license=license, report=lambda line: click.echo(line, err=True)
+        )
+    )
+
+
+def _without_extra(error: ModuleNotFoundError) -> MissingExtraError:
+    return MissingExtraError(
+        expected="the packages of the extra 'export'",
+        found=f"no package {error.name}",
+        action='Run `pip install "paliedge[cpu,export]"`.',
+    )
 
 
 def _describe(manifest: Manifest, target: str) -> str:

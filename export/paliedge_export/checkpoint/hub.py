@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -26,11 +27,11 @@ def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
         raise _misspelt(checkpoint) from None
     if checkpoint and folder.is_dir():
         return folder
-    if revision is None and "@" in checkpoint:
-        checkpoint, _, revision = checkpoint.partition("@")
-    if folder.exists() or not _REPOSITORY.fullmatch(checkpoint):
+    if revision is None:
+        checkpoint, revision = split_revision(checkpoint)
+    if folder.exists() or not is_hub_id(checkpoint):
         raise _misspelt(checkpoint)
-    return _download(checkpoint, revision, _WANTED)
+    return download(checkpoint, revision, _WANTED)
 
 
 def find_tokenizer(repository: str) -> Path:
@@ -39,7 +40,12 @@ def find_tokenizer(repository: str) -> Path:
     Raises:
         CheckpointError: it is gated, missing or out of reach.
     """
-    return _download(repository, None, _TOKENIZER)
+    return download(repository, None, _TOKENIZER)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form OWNER/NAME."""
+    return bool(_REPOSITORY.fullmatch(name))
 
 
 def _misspelt(checkpoint: str) -> CheckpointError:
@@ -50,8 +56,20 @@ def _misspelt(checkpoint: str) -> CheckpointError:
     )
 
 
-def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
-    """Download the repository. The client's errors are not kept as causes: their texts may hold the user's token."""
+def split_revision(name: str) -> tuple[str, str | None]:
+    """ID@REVISION in two; the revision is None where there is none."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def download(repository: str, revision: str | None, wanted: list[str]) -> Path:
+    """The folder of a repository in the hub client's cache, with the files whose names match one of `wanted`.
+
+    The client's errors are not kept as causes: their texts may hold the user's token.
+
+    Raises:
+        CheckpointError: it is gated, missing or out of reach, or the disk is full.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -75,9 +93,17 @@ def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
     except HFValidationError:
         raise _misspelt(repository) from None
     except Exception as error:  # the client lets through what its HTTP library raises, and changes the library
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise CheckpointError(
+                expected=f"room on the disk for {repository}",
+                found="a full disk (No space left on device)",
+                action="Free some, or set HF_HOME to a folder on another disk, and run this command again: what has "
+                "come is kept.",
+            ) from None
         reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
         raise CheckpointError(
             expected=expected,
             found=f"no complete copy in the local cache, and a download that failed ({reason})",
-            action="Check the network and HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
+            action="Run this command again, which goes on where it stopped. If it fails again, check the network and "
+            "HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
         ) from None

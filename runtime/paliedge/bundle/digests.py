@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from paliedge.bundle.cache import digests_file
 from paliedge.bundle.manifest import File
 
 
@@ -26,11 +27,6 @@ def describe_file(path: Path) -> File:
     return File(size=path.stat().st_size, sha256=sha256_from_file(path))
 
 
-def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "paliedge" / "verified.json"
-
-
 def digest_key(path: Path) -> str:
     status = path.stat()
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
@@ -38,7 +34,7 @@ def digest_key(path: Path) -> str:
 
 def read_known_digests() -> dict[str, str]:
     try:
-        return msgspec.json.decode(_cache_file().read_bytes(), type=dict[str, str])
+        return msgspec.json.decode(digests_file().read_bytes(), type=dict[str, str])
     except (OSError, RuntimeError, UnicodeDecodeError, msgspec.DecodeError):
         return {}
 
@@ -46,7 +42,7 @@ def read_known_digests() -> dict[str, str]:
 def write_known_digests(digests: dict[str, str]) -> None:
     """Best effort: without a writable cache the next start reads the files again."""
     try:
-        target = _cache_file()
+        target = digests_file()
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         partial.write_bytes(msgspec.json.encode(digests))

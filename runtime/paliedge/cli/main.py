@@ -65,7 +65,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 _SECTIONS = {
     "Begin": ("demo", "doctor"),
-    "Make a bundle": ("export", "info", "plan", "build", "verify"),
+    "Make a bundle": ("export", "info", "plan", "build", "verify", "push", "cache"),
     "Ask about pictures": ("detect", "segment", "caption", "ask", "question", "ocr", "predict"),
     "Measure": ("eval", "bench"),
 }
@@ -152,7 +152,7 @@ def main() -> None:
     """
 
 
-from paliedge.cli import bench, build, bundles, doctor, evaluate, plan, predict  # noqa: E402  registers the verbs
+from paliedge.cli import bench, build, bundles, cache, doctor, evaluate, plan, predict  # noqa: E402  registers the verbs
 
 for _verb in (
     *predict.VERBS,
@@ -162,5 +162,6 @@ for _verb in (
     *doctor.VERBS,
     *evaluate.VERBS,
     *bench.VERBS,
+    *cache.VERBS,
 ):
     main.add_command(_verb)

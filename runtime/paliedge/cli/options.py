@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 FORMATS = ("text", "json", "jsonl", "csv", "coco", "yolo", "labelme")
 """What `--format` takes: `text` and those of `paliedge.results.formats`, which is too heavy to import here."""
 Verb = TypeVar("Verb", bound=Callable[..., None])
-bundle_argument = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
 
 
 def json_option(help_text: str) -> Callable[[Verb], Verb]:
@@ -143,6 +142,30 @@ def backend_options(verb: Verb) -> Verb:
     return collect  # type: ignore[return-value]  # click has put its options on it
 
 
+def _find_bundle(verb: Verb) -> Verb:
+    """What turns the name that a user gave into the verb's `bundle`, a folder or None."""
+
+    @wraps(verb)
+    def collect(bundle: Path | None, yes: bool, **rest: Any) -> None:
+        from paliedge.cli.naming import find_bundle
+
+        verb(bundle=find_bundle(bundle, yes=yes), **rest)
+
+    return option(
+        "-y",
+        "--yes",
+        is_flag=True,
+        help="Export a checkpoint that stands in a bundle's place without asking.",
+        group="Engine",
+    )(collect)  # type: ignore[return-value]  # click has put its option on it
+
+
+def bundle_argument(verb: Verb) -> Verb:
+    """BUNDLE, as the folder that it names."""
+    add = click.argument("bundle", required=False, type=click.Path(path_type=Path), envvar="PALIEDGE_MODEL")
+    return add(_find_bundle(verb))
+
+
 def model_options(verb: Verb) -> Verb:
     """`-m` and the backend's options."""
     return option(
@@ -150,9 +173,10 @@ def model_options(verb: Verb) -> Verb:
         "--model",
         "bundle",
         type=click.Path(path_type=Path),
-        help="Bundle folder; without it the shipped shapes model.",
+        help="Bundle folder, or a hub id of one; a checkpoint is exported once into the user's cache. Without it the "
+        "shipped shapes model.",
         group="Engine",
-    )(backend_options(verb))
+    )(_find_bundle(backend_options(verb)))
 
 
 def read_prompts(bundle: Path | None) -> PromptMaker:

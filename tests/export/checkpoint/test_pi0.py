@@ -116,7 +116,7 @@ def test_the_tokenizer_is_that_of_the_repository_that_the_policy_names(
         asked.append((repository, wanted))
         return plain
 
-    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.setattr(hub, "download", download)
     assert open_checkpoint(str(folder)).folders == [folder, plain]
     step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "me/tokenizer"}}
     (folder / "policy_preprocessor.json").write_text(json.dumps({"steps": [{"registry_name": "x"}, step]}))
@@ -133,7 +133,7 @@ def test_without_network_the_message_names_the_file_to_copy(
     def download(*arguments: object) -> Path:
         raise CheckpointError(expected="it", found="no network", action="Wait.")
 
-    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.setattr(hub, "download", download)
     with pytest.raises(CheckpointError, match=r"Copy tokenizer.json of google/paligemma-3b-pt-224 into"):
         open_checkpoint(str(folder))
 
