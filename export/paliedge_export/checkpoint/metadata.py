@@ -78,6 +78,11 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
         ) from error
 
 
+def asks_for_torchvision(folder: Path) -> bool:
+    """Whether the processor's file names transformers' image processor on torchvision, which resizes otherwise."""
+    return str(_read_processor(folder).get("image_processor_type", "")).endswith("Fast")
+
+
 def _three(settings: dict[str, Any]) -> dict[str, Any]:
     """One number stands for three channels."""
     return {

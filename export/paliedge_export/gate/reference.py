@@ -24,7 +24,7 @@ from paliedge.errors import PrecisionError
 from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.config import ModelConfig
-from paliedge_export.checkpoint.metadata import PROCESSOR_FILES
+from paliedge_export.checkpoint.metadata import PROCESSOR_FILES, asks_for_torchvision
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint, canonical_name, expected_shapes
 from paliedge_export.checkpoint.tokenizer import FILE as TOKENIZER_FILE
 from paliedge_export.gate.runner import MAX_NEW_TOKENS, ReferenceRun, TeacherForcedAnswer
@@ -142,6 +142,7 @@ class TransformersReference:
         if checkpoint.why_no_reference:
             raise NotComparedError(checkpoint.why_no_reference)
         transformers = import_transformers()
+        self._folder = checkpoint.folder
         dtype = _dtype_that_fits(checkpoint.config)
         self.name = f"transformers {transformers.__version__}"
         self.exact = dtype == "float32"
@@ -214,9 +215,11 @@ class TransformersReference:
 
     def pixel_values(self, picture: Image.Image) -> FloatArray:
         """[1, 3, S, S], of any type of numbers."""
-        picture = self._fit(picture) if self._fit else picture
-        pixels: FloatArray = np.asarray(self._processor([picture], return_tensors="np").pixel_values)
+        pixels: FloatArray = np.asarray(self._processor([self._fitted(picture)], return_tensors="np").pixel_values)
         return pixels
+
+    def _fitted(self, picture: Image.Image) -> Image.Image:
+        return self._fit(picture) if self._fit else picture
 
     def check_reading(
         self, samples: Sequence[Sample], tokenizer: PromptTokenizer, tokens: Tokens, preprocess: Preprocessor
@@ -237,6 +240,21 @@ class TransformersReference:
                 raise self._differs("pixel_values as its image processor makes them", off)
         if self.end_ids and self.end_ids != tokens.end_ids:
             raise self._differs(f"answers that end at {sorted(self.end_ids)}", f"ends at {sorted(tokens.end_ids)}")
+
+    def measure_torchvision(self, samples: Sequence[Sample]) -> str:
+        """What another image processor than Pillow's would change, where the folder asks for it; empty elsewhere."""
+        if not asks_for_torchvision(self._folder):
+            return ""
+        asked = "the folder asks for torchvision's image processor"
+        try:
+            processor = _torchvision_processor(self._folder)
+            made = [processor([self._fitted(sample.image)], return_tensors="pt").pixel_values for sample in samples]
+        except Exception as error:  # torchvision is missing or belongs to another torch
+            return f"{asked}, which cannot be compared with Pillow's here ({_first_line(error)})"
+        pairs = zip(made, samples, strict=True)
+        off = np.concatenate([np.abs(theirs.numpy() - self.pixel_values(one.image)).ravel() for theirs, one in pairs])
+        off *= 127.5
+        return f"{asked}, whose pixels are up to {off.max():.1f} of 255 off Pillow's, {off.mean():.2f} on average"
 
     def _differs(self, expected: str, found: str) -> PrecisionError:
         return PrecisionError(
@@ -269,6 +287,12 @@ class TransformersReference:
             if token in self.end_ids:
                 break
         return TeacherForcedAnswer(tokens, scores, np.array(states, np.float32))
+
+
+def _torchvision_processor(folder: Path) -> Any:
+    from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
+
+    return SiglipImageProcessor.from_pretrained(folder)
 
 
 def cache_name(model: PaliGemmaForConditionalGeneration) -> str:

@@ -71,7 +71,10 @@ class Witness:
         preprocess = Preprocessor(source.preprocess, source.config.vision.image_size)
         tokenizer = PromptTokenizer(source.tokenizer, source.tokens)
         reference.check_reading(samples, tokenizer, source.tokens, preprocess)
-        how = f"; it answers {reference.how}" if reference.how else ""
+        other = reference.measure_torchvision(samples)
+        if other:
+            self._report(f"{other}; the bundle resizes as Pillow does")
+        how = "".join(f"; {note}" for note in (reference.how and f"it answers {reference.how}", other) if note)
         self._note(name=reference.name, compared=f"prompts, pixels and ends of {len(samples)} images{how}")
         return reference
 

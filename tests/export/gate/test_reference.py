@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
 
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Precision
@@ -159,3 +163,45 @@ def test_where_only_bfloat16_fits_it_is_compared_in_that_and_says_so(
     assert manifest.reference is not None
     assert "in bfloat16" in manifest.reference.compared
     assert "float32 graphs" in manifest.reference.compared
+
+
+class TorchvisionsWay:
+    """Resizes as torchvision's processor does, whose wheels do not load beside a CPU build of torch."""
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> SimpleNamespace:
+        pixels = torch.from_numpy(np.array(images[0])).permute(2, 0, 1)[None]
+        resized = functional.interpolate(pixels, size=(56, 56), mode="bicubic", antialias=True)
+        return SimpleNamespace(pixel_values=resized.float() / 127.5 - 1)
+
+
+def ask_for_torchvision(checkpoint: Path, folder: Path) -> Path:
+    shutil.copytree(checkpoint, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_processor_type": "SiglipImageProcessorFast"}))
+    return folder
+
+
+def test_torchvisions_other_pixels_are_measured_and_said(
+    paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_torchvision_processor", lambda folder: TorchvisionsWay())
+    lines: list[str] = []
+    manifest = export_bundle(
+        str(ask_for_torchvision(paligemma.checkpoint, tmp_path / "fast")), tmp_path / "bundle", report=lines.append
+    )
+    assert manifest.reference is not None
+    found = re.search(
+        r"pixels are up to ([0-9.]+) of 255 off Pillow's, ([0-9.]+) on average", manifest.reference.compared
+    )
+    assert found
+    assert 0.5 <= float(found[1]) < 60
+    assert float(found[2]) < 2
+    assert any("the bundle resizes as Pillow does" in line for line in lines)
+
+
+def test_without_torchvision_it_is_said_that_nothing_was_measured(paligemma: Tiny, tmp_path: Path) -> None:
+    folder = ask_for_torchvision(paligemma.checkpoint, tmp_path / "fast")
+    manifest = export_bundle(str(folder), tmp_path / "bundle")
+    assert manifest.reference is not None
+    assert "torchvision's image processor, which cannot be compared with Pillow's here" in manifest.reference.compared
+    assert manifest.preprocess == export_bundle(str(paligemma.checkpoint), tmp_path / "plain", compare=False).preprocess
