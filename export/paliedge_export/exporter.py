@@ -225,11 +225,19 @@ class _Job:
         words = self.source.words
         if self.precision == "fp32":
             transformers = self.witness.open(samples)
-            if transformers is None or not transformers.exact:
+            if transformers is None:
                 return None, None
-            return transformers.answer(samples, words), transformers.answer(self.source.golden_samples, words)
+            if transformers.exact and transformers.config == self.source.config:
+                return transformers.answer(samples, words), transformers.answer(self.source.golden_samples, words)
+            del transformers  # and its memory
         testimony = self.witness.ask(samples) if judge else None
-        with self._fp32_graphs(self.checkpoint) as (folder, _):
+        if testimony and (self.precision == "fp32" or testimony.config != self.source.config):
+            with self._fp32_graphs(self.checkpoint, replace(self.source, config=testimony.config)) as (folder, _):
+                self.witness.hold(Runner(folder, "cpu", prepack=False), testimony)
+            testimony = None
+        if self.precision == "fp32":
+            return None, None
+        with self._fp32_graphs(self.checkpoint, self.source) as (folder, _):
             if testimony:
                 self.witness.hold(Runner(folder, "cpu", prepack=False), testimony)
             collecting = self.precision in QUANTIZED and not statistics.inputs
@@ -246,14 +254,14 @@ class _Job:
             return answers, golden
 
     @contextmanager
-    def _fp32_graphs(self, tensors: Tensors) -> Iterator[tuple[Path, StoredByLayout]]:
+    def _fp32_graphs(self, tensors: Tensors, source: ModelSource) -> Iterator[tuple[Path, StoredByLayout]]:
         """A bundle of float32 graphs for `cpu`, for as long as it is needed."""
         with tempfile.TemporaryDirectory(dir=self.staging) as name:
             self.report("writing fp32 graphs for reference")
-            encoding = Encoding("fp32", kept_tokens=self.source.kept_tokens)
+            encoding = Encoding("fp32", kept_tokens=source.kept_tokens)
             folder = Path(name)
-            stored = write_all_weights(folder, self.source, tensors, ("cpu",), encoding)
-            write_bundle(folder, self.source, stored, ("cpu",), encoding)
+            stored = write_all_weights(folder, source, tensors, ("cpu",), encoding)
+            write_bundle(folder, source, stored, ("cpu",), encoding)
             yield folder, stored
 
     def _quantize(
@@ -274,7 +282,7 @@ class _Job:
         if budget is None:
             return encoding, smoothing.tensors
         lowered = "cpu" if set(self.targets) == {"cpu"} else "jetpack6"  # static activations suffer more
-        with self._fp32_graphs(smoothing.tensors) as (folder, stored):
+        with self._fp32_graphs(smoothing.tensors, self.source) as (folder, stored):
             trial = Trial(folder, self.source, lowered, stored, samples)
             layout = TARGETS[lowered].lowering.layout
             report.sensitivity = rank_layers(trial, smoothing.tensors, replace(encoding, layout=layout), self.report)
@@ -301,7 +309,7 @@ class _Job:
         for name, target in manifest.targets.items():
             files = (target.vision_encoder.file, target.decoder.file)
             if reference is None:
-                missing = self.witness.said.not_compared or "transformers answers in bfloat16 here"
+                missing = self.witness.said.not_compared or "transformers in float32 does not fit into memory"
                 not_compared[name] = f"there was nothing to compare with: {missing}"
             elif wrong := find_wrong_sums(manifest, name):
                 not_compared[name] = wrong

@@ -25,6 +25,7 @@ _SENTENCEPIECE, _CONFIG, _ADDED, _SPECIAL = (
     *("tokenizer.model", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json"),
 )
+_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
 
 
@@ -66,9 +67,17 @@ def read_tokenizer(folders: Sequence[Path]) -> PreparedTokenizer:
     ]
     missing = _add_missing(folder, changed)
     notes += [f"{FILE} lacks {_some(missing)}, which files beside it name: added"] if missing else []
+    if _has_chat_template(folder):
+        notes.append("the tokenizer's chat template is not applied: give its words as the prompt")
     content = original if changed == raw else json.dumps(changed, ensure_ascii=False).encode()
     special = frozenset(token["id"] for token in raw.get("added_tokens", []) if token["special"])
     return PreparedTokenizer(content, _read_tokens(path, content), special, tuple(notes))
+
+
+def _has_chat_template(folder: Path) -> bool:
+    config = folder / _CONFIG
+    named = any((folder / name).is_file() for name in _CHAT_TEMPLATES)
+    return named or (config.is_file() and bool(_read_json(config).get("chat_template")))
 
 
 def _without_file(folders: Sequence[Path]) -> CheckpointError:

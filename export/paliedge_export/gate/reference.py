@@ -8,8 +8,10 @@ module that imports torch, transformers and PEFT, and only when it is called.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,51 +70,81 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _dtype_that_fits(config: ModelConfig) -> str:
-    """float32, or bfloat16 where only that fits into the memory that is free.
+def _choose_size(checkpoint: Checkpoint) -> tuple[str, int]:
+    """A type and a number of decoder layers whose model fits into the memory that is free.
+
+    That is float32 with all layers, else bfloat16 with all, else float32 with the first ones.
 
     Raises:
-        NotComparedError: neither does.
+        NotComparedError: not even one layer fits.
     """
-    count = sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
-    count += config.text.hidden_size * 260_000
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    for name, size in (("float32", 4), ("bfloat16", 2)):
-        if count * size * _HEADROOM < free:
-            return name
+    text, free = checkpoint.config.text, _free_memory()
+    tables = text.hidden_size * checkpoint.num_rows * (1 if checkpoint.config.tied else 2)
+
+    def memory(dtype: str, num_layers: int) -> float:
+        shapes = expected_shapes(_with_layers(checkpoint.config, num_layers)).values()
+        count = tables + sum(math.prod(shape) for shape in shapes)
+        return count * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM
+
+    sizes = [(dtype, text.num_layers) for dtype in ("float32", "bfloat16")]
+    sizes += [("float32", fewer) for fewer in range(text.num_layers - 1, 0, -1)]
+    for size in sizes:
+        if memory(*size) < free:
+            return size
     raise NotComparedError(
-        f"the model takes {count * 2 * _HEADROOM / 1e9:.1f} GB in bfloat16, and {free / 1e9:.1f} GB are free"
+        f"one layer of the model takes {memory('float32', 1) / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB are free"
     )
 
 
-def load_model(folder: Path, dtype: str = "float32") -> PaliGemmaForConditionalGeneration:
+def _with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """The model cut off behind its first decoder layers."""
+    return replace(config, text=replace(config.text, num_layers=num_layers))
+
+
+def _free_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def load_model(
+    folder: Path, dtype: str = "float32", num_layers: int | None = None
+) -> PaliGemmaForConditionalGeneration:
     """A checkpoint's model, with Gemma 2's softcaps whichever transformers is installed.
 
     Before 5.21 its SDPA attention leaves the scores' softcap out, hence eager attention. A section about quantisation
-    that merged models keep in config.json does not count: weights of floats are read as they are.
+    that merged models keep in config.json does not count: weights of floats are read as they are. With `num_layers`
+    it is cut off behind its first decoder layers.
 
     Raises:
         NotComparedError: transformers does not find all weights in the folder.
     """
     import torch
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from transformers.utils import logging
 
     config = PaliGemmaConfig.from_pretrained(folder)
     for section in (config, config.text_config, config.vision_config):
         if hasattr(section, "quantization_config"):
             del section.quantization_config
-    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    if num_layers is not None and num_layers < config.text_config.num_hidden_layers:
+        config.text_config.num_hidden_layers = num_layers
+        if kinds := getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = kinds[:num_layers]
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it lists the layers that were cut off
+    try:
+        model, info = PaliGemmaForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(level)
     if missing := sorted(info["missing_keys"]):
         raise NotComparedError(f"it finds no {missing[0]} and {len(missing) - 1} others in {folder}")
     assert isinstance(model, PaliGemmaForConditionalGeneration)
@@ -131,6 +163,7 @@ class TransformersReference:
 
     Attributes:
         name: who it is.
+        config: what it was loaded as; cut off behind its first decoder layers where no more fit into memory.
         exact: whether it computes in float32.
         how: what was done that is not transformers' own, for people; empty if nothing was.
 
@@ -143,12 +176,16 @@ class TransformersReference:
             raise NotComparedError(checkpoint.why_no_reference)
         transformers = import_transformers()
         self._folder = checkpoint.folder
-        dtype = _dtype_that_fits(checkpoint.config)
+        dtype, layers = _choose_size(checkpoint)
+        self.config = _with_layers(checkpoint.config, layers)
         self.name = f"transformers {transformers.__version__}"
         self.exact = dtype == "float32"
         self.how = "" if self.exact else "in bfloat16, since float32 does not fit into memory"
+        if layers < checkpoint.config.text.num_layers:
+            of_all = f"{layers} of {checkpoint.config.text.num_layers} layers"
+            self.how = f"with the first {of_all}, since no more fit into memory"
         try:
-            self._model = load_model(checkpoint.folder, dtype)
+            self._model = load_model(checkpoint.folder, dtype, layers)
             self._take_adapters(checkpoint)
             self._processor = self._load_processor(checkpoint.folder)
             folder = next(one for one in checkpoint.folders if (one / TOKENIZER_FILE).is_file())
@@ -186,7 +223,8 @@ class TransformersReference:
             )  # unmerged: PEFT merges into both where table and head are one
         except Exception:  # no PEFT, several adapters, or a kind that it does not load
             self.how = "; ".join(filter(None, [self.how, "with the adapter merged here"]))
-            self._model = load_model(checkpoint.folder, "float32" if self.exact else "bfloat16")
+            layers = self.config.text.num_layers
+            self._model = load_model(checkpoint.folder, "float32" if self.exact else "bfloat16", layers)
             self._replace_weights(checkpoint)
 
     def _replace_weights(self, checkpoint: Checkpoint) -> None:
@@ -196,7 +234,7 @@ class TransformersReference:
         if rows != self._model.get_input_embeddings().weight.shape[0]:
             self._model.resize_token_embeddings(rows, mean_resizing=False)
         state = {canonical_name(name): value for name, value in self._model.state_dict().items()}
-        for name in checkpoint.changed:
+        for name in state.keys() & set(checkpoint.changed):
             state[name].copy_(torch.from_numpy(np.asarray(checkpoint[name], np.float32)))
 
     @property

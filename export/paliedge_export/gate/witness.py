@@ -17,6 +17,7 @@ from paliedge.bundle import manifest
 from paliedge.bundle.manifest import Precision
 from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
+from paliedge_export.checkpoint.config import ModelConfig
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.gate.compare import check, compare
 from paliedge_export.gate.reference import NotComparedError, TransformersReference
@@ -29,11 +30,19 @@ NUM_IMAGES = 2
 
 
 class Testimony(NamedTuple):
-    """What transformers said to a few samples, and which precision's gate it can be held to."""
+    """What transformers said to a few samples.
+
+    Attributes:
+        samples: these.
+        answers: what it said.
+        precision: whose gate it can be held to.
+        config: of the model that it had, which may be cut off behind its first decoder layers.
+    """
 
     samples: Sequence[Sample]
     answers: ReferenceRun
     precision: Precision
+    config: ModelConfig
 
 
 class Witness:
@@ -84,15 +93,16 @@ class Witness:
         reference = self.open(few)
         if reference is None:
             return None
-        return Testimony(few, reference.answer(few, self._source.words), "fp32" if reference.exact else "bf16")
+        precision: Precision = "fp32" if reference.exact else "bf16"
+        return Testimony(few, reference.answer(few, self._source.words), precision, reference.config)
 
     def hold(self, runner: Runner, testimony: Testimony) -> None:
-        """Hold the float32 graphs against what it said.
+        """Hold the float32 graphs of the model that it had against what it said.
 
         Raises:
             PrecisionError: they say something else.
         """
-        samples, answers, precision = testimony
+        samples, answers, precision, _ = testimony
         judged = compare(runner, samples, answers, self._source.tokens, precision)
         check(judged, "float32")
         self._note(compared=f"{self.said.compared}; float32 graphs: {judged.comparison.describe()}")

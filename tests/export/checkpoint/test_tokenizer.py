@@ -84,6 +84,16 @@ def test_image_bos_eos_and_pad_are_held_back_and_nothing_else(folder: Path) -> N
     assert len(tokenizer.encode_prefix("<s_invoice>")) == 3
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_is_named_as_not_applied(place: str, folder: Path) -> None:
+    if place.endswith(".json"):
+        edit_json(folder / place, lambda raw: raw.update(chat_template="{{ messages }}"))
+    else:
+        (folder / place).write_text("{{ messages }}")
+    (note,) = read_tokenizer([folder]).notes
+    assert "chat template is not applied" in note
+
+
 def test_a_tokenizer_that_needs_no_change_is_copied_byte_for_byte(folder: Path) -> None:
     prepared = read_tokenizer([folder])
     assert prepared.notes == ()

@@ -23,12 +23,14 @@ from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Precision
 from paliedge.errors import PrecisionError
 from paliedge_export import exporter
+from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.generation import read_ends
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.checkpoint.tokenizer import read_tokenizer
 from paliedge_export.exporter import export_bundle
 from paliedge_export.gate import reference
 from tests.export.conftest import Tiny
+from tests.tiny import make_tiny
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -50,7 +52,7 @@ def plant_stale_weights(patch: pytest.MonkeyPatch) -> None:
 
     def stale(self: Checkpoint, name: str) -> Any:
         found = original(self, name)
-        return found * np.float32(0.9) if name == "language_model.layers.1.mlp.up_proj.weight" else found
+        return np.roll(found, 1, axis=0) if name == "language_model.layers.1.mlp.up_proj.weight" else found
 
     patch.setattr(Checkpoint, "__getitem__", stale)
 
@@ -158,11 +160,53 @@ def test_a_model_that_does_not_fit_into_memory_is_not_loaded(
 def test_where_only_bfloat16_fits_it_is_compared_in_that_and_says_so(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_dtype_that_fits", lambda config: "bfloat16")
-    manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision="fp16")
+    monkeypatch.setattr(reference, "_choose_size", lambda checkpoint: ("bfloat16", checkpoint.config.text.num_layers))
+    for precision in ("fp32", "fp16"):
+        manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision=precision)
+        assert manifest.reference is not None
+        assert "in bfloat16" in manifest.reference.compared
+        assert "float32 graphs" in manifest.reference.compared
+
+
+@pytest.fixture(scope="module", params=["paligemma", "paligemma2"])
+def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    make_tiny(folder, request.param, num_layers=14, gain=0.1)
+    return folder
+
+
+def memory_for(checkpoint: Path, dtype: str, num_layers: int) -> int:
+    """Bytes of which that much of the model takes a little less."""
+    opened = Checkpoint(checkpoint, read_config(checkpoint))
+    for free in range(100_000, 10_000_000, 1_000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "_free_memory", lambda free=free: free)
+            try:
+                if reference._choose_size(opened) == (dtype, num_layers):
+                    return free
+            except reference.NotComparedError:
+                continue
+    raise AssertionError
+
+
+def test_the_largest_part_of_a_model_that_fits_is_chosen(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [memory_for(deep, *size) for size in (("float32", 1), ("float32", 2), ("bfloat16", 14), ("float32", 14))]
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_where_less_fits_the_first_layers_are_compared(
+    precision: Precision, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = memory_for(deep, "float32", 2)
+    monkeypatch.setattr(reference, "_free_memory", lambda: free)
+    manifest = export_bundle(str(deep), tmp_path / "bundle", precision=precision)
     assert manifest.reference is not None
-    assert "in bfloat16" in manifest.reference.compared
-    assert "float32 graphs" in manifest.reference.compared
+    assert "with the first 2 of 14 layers, since no more fit" in manifest.reference.compared
+    assert "float32 graphs: cosine" in manifest.reference.compared
+    plant_stale_weights(monkeypatch)  # in the second layer
+    with pytest.raises(PrecisionError):
+        export_bundle(str(deep), tmp_path / "stale", precision=precision)
 
 
 class TorchvisionsWay:
