@@ -27,7 +27,7 @@ from paliedge.inputs.images import load_image
 from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.exporter import export_bundle
-from paliedge_export.gate.reference import reference_logits
+from paliedge_export.gate.transformers_model import reference_logits
 from paliedge_export.targets import TARGETS
 from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny

@@ -20,8 +20,9 @@ from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.config import ModelConfig
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.gate.compare import check, compare
-from paliedge_export.gate.reference import NotComparedError, TransformersReference
+from paliedge_export.gate.reference import TransformersReference
 from paliedge_export.gate.runner import ReferenceRun, Runner
+from paliedge_export.gate.transformers_model import NotComparedError
 from paliedge_export.weights.samples import Sample
 from paliedge_export.writer import ModelSource
 

@@ -21,7 +21,7 @@ from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
 from paliedge_export.exporter import export_bundle
-from paliedge_export.gate.reference import reference_logits
+from paliedge_export.gate.transformers_model import reference_logits
 from tests.export.conftest import Tiny
 from tests.export.graph_reader import Graphs
 from tests.tiny import make_tiny

@@ -28,7 +28,7 @@ from paliedge_export.checkpoint.generation import read_ends
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint
 from paliedge_export.checkpoint.tokenizer import read_tokenizer
 from paliedge_export.exporter import export_bundle
-from paliedge_export.gate import reference
+from paliedge_export.gate import reference, transformers_model
 from tests.export.conftest import Tiny
 from tests.tiny import make_tiny
 
@@ -130,7 +130,7 @@ def test_a_transformers_that_breaks_on_import_is_no_traceback(
     def fail(name: str) -> Any:
         raise RuntimeError(f"{name} was built for another numpy\nsecond line")
 
-    monkeypatch.setattr(reference, "import_module", fail)
+    monkeypatch.setattr(transformers_model, "import_module", fail)
     assert "torch cannot be imported (torch was built for another numpy)" in compare_without(paligemma, tmp_path)[0]
 
 
@@ -152,15 +152,17 @@ def test_a_model_that_does_not_fit_into_memory_is_not_loaded(
     def refuse(*arguments: object) -> None:
         pytest.fail("it was loaded")
 
-    monkeypatch.setattr(reference, "_HEADROOM", 1e9)
-    monkeypatch.setattr(reference, "load_model", refuse)
+    monkeypatch.setattr(transformers_model, "_HEADROOM", 1e9)
+    monkeypatch.setattr(transformers_model, "load_model", refuse)
     assert "are free" in compare_without(paligemma, tmp_path)[0]
 
 
 def test_where_only_bfloat16_fits_it_is_compared_in_that_and_says_so(
     paligemma: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_choose_size", lambda checkpoint: ("bfloat16", checkpoint.config.text.num_layers))
+    monkeypatch.setattr(
+        transformers_model, "choose_size", lambda checkpoint: ("bfloat16", checkpoint.config.text.num_layers)
+    )
     for precision in ("fp32", "fp16"):
         manifest = export_bundle(str(paligemma.checkpoint), tmp_path / "bundle", precision=precision)
         assert manifest.reference is not None
@@ -180,11 +182,11 @@ def memory_for(checkpoint: Path, dtype: str, num_layers: int) -> int:
     opened = Checkpoint(checkpoint, read_config(checkpoint))
     for free in range(100_000, 10_000_000, 1_000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "_free_memory", lambda free=free: free)
+            patch.setattr(transformers_model, "_free_memory", lambda free=free: free)
             try:
-                if reference._choose_size(opened) == (dtype, num_layers):
+                if transformers_model.choose_size(opened) == (dtype, num_layers):
                     return free
-            except reference.NotComparedError:
+            except transformers_model.NotComparedError:
                 continue
     raise AssertionError
 
@@ -199,7 +201,7 @@ def test_where_less_fits_the_first_layers_are_compared(
     precision: Precision, deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = memory_for(deep, "float32", 2)
-    monkeypatch.setattr(reference, "_free_memory", lambda: free)
+    monkeypatch.setattr(transformers_model, "_free_memory", lambda: free)
     manifest = export_bundle(str(deep), tmp_path / "bundle", precision=precision)
     assert manifest.reference is not None
     assert "with the first 2 of 14 layers, since no more fit" in manifest.reference.compared

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PaliGemmaForConditionalGeneration
 
 from paliedge_export.exporter import export_bundle
-from paliedge_export.gate.reference import cache_name, reference_logits
+from paliedge_export.gate.transformers_model import cache_name, reference_logits
 from tests.export.conftest import Tiny
 from tests.export.graph_reader import Graphs
 from tests.tiny import make_tiny

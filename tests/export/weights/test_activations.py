@@ -24,8 +24,8 @@ from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.gate import runner
-from paliedge_export.gate.reference import reference_steps
 from paliedge_export.gate.runner import Runner, collect_statistics
+from paliedge_export.gate.transformers_model import reference_steps
 from paliedge_export.weights.activations import Statistics, load_statistics
 from paliedge_export.weights.linears import linears
 from paliedge_export.weights.samples import Sample
