@@ -24,7 +24,7 @@ for name in {modules!r}:
 REAL_DETECTION = """
 import sys
 import paliedge
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 model = paliedge.PaliGemma.load()
 assert model.detect(sorted(DEMO_SCENES.glob("*.png"))[0], ["red circle", "blue square"]).token_ids is not None
 print(*sorted({name.split(".")[0] for name in sys.modules}))

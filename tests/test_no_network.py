@@ -27,7 +27,7 @@ FIRST_WITH_TELEMETRY = (1, 29)
 
 DETECTION = """
 import paliedge
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 model = paliedge.PaliGemma.load()
 print(model.detect(sorted(DEMO_SCENES.glob("*.png"))[0], ["red circle", "blue square"]).finish_reason)
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.shapes.scenes import HELD_OUT_SEED, SHAPES, Scene, make_scene
+from benchmarks.shapes.scenes import HELD_OUT_SEED, SHAPES, Scene, caption, make_scene
 
 _FIRST_SEED = HELD_OUT_SEED + 30_000
 _NUM_SCENES = 3
@@ -18,6 +18,16 @@ _FOLDER = Path("runtime/paliedge/scenes")
 def _shows_much(scene: Scene) -> bool:
     kinds = Counter(item.label for item in scene.objects)
     return scene.text is not None and len(scene.text.text) > 3 and len(kinds) >= 2 and max(kinds.values()) == 2
+
+
+def _truth(scene: Scene, shape: str) -> dict[str, object]:
+    """What the answers should be, and where everything is."""
+    return {
+        "objects": [{"label": item.label, "box": list(item.box)} for item in scene.objects],
+        "caption": caption(scene),
+        "ask": str(sum(item.shape == shape for item in scene.objects)),
+        "ocr": scene.text.text if scene.text else "",
+    }
 
 
 def main() -> None:
@@ -31,8 +41,9 @@ def main() -> None:
             name = f"scene-{len(entries) + 1}.png"
             Image.fromarray(scene.image).save(_FOLDER / name)
             shape = max(SHAPES, key=[item.shape for item in scene.objects].count)
+            question = f"how many {shape}s are there?"
             entries.append(
-                {"file": name, "detect": [label for label, _ in kinds], "ask": f"how many {shape}s are there?"}
+                {"file": name, "detect": [label for label, _ in kinds], "ask": question, "truth": _truth(scene, shape)}
             )
         seed += 1
     (_FOLDER / "scenes.json").write_text(json.dumps(entries, indent=2) + "\n")

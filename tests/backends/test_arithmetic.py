@@ -19,7 +19,7 @@ from paliedge.backends import ort
 from paliedge.backends.arithmetic import FOLDER, Arithmetic, Kind, probe
 from paliedge.backends.ort import examine_arithmetic, kinds_of, load_graph
 from paliedge.bundle.bundle import Bundle
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 from paliedge.errors import EngineMismatchError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge_export.exporter import export_bundle

@@ -17,7 +17,7 @@ from paliedge.backends.select import Backend, BackendOptions, open_session
 from paliedge.backends.trt.build import build_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.cli import main
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 from paliedge.errors import DeviceError, EngineMismatchError, MissingExtraError, PaliEdgeError, ResourceError
 from paliedge.model import DEFAULT_BACKEND, SHIPPED_BUNDLE
 from paliedge.planning.memory import FreeMemory

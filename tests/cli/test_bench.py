@@ -17,7 +17,7 @@ from paliedge.bench.summaries import summarise
 from paliedge.bundle.bundle import Bundle
 from paliedge.cli import main
 from paliedge.cli.bench import _Progress
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 from paliedge.errors import MissingExtraError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.planning.roofline import vision_flops

@@ -19,7 +19,7 @@ from paliedge.backends.trt.match import PARTS
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import MANIFEST
 from paliedge.cli import main
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 from paliedge.errors import BuildError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge.planning.memory import FreeMemory

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from paliedge.cli import main
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 from paliedge.cli.help import GROUPS, VerbCommand
 from paliedge.model import SHIPPED_BUNDLE
 from tests.cli.test_predict import run

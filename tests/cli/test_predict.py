@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from paliedge.cli import main
-from paliedge.cli.bundles import DEMO_SCENES
+from paliedge.cli.demo import DEMO_SCENES
 from paliedge.errors import DeviceError
 from paliedge.inputs.tokenizer import PromptTokenizer
 from paliedge.model import PaliGemma

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from paliedge.cli.help import command, option
-from paliedge.cli.options import backend_options, bundle_argument, json_option, load_model, model_options
-from paliedge.cli.output import print_answer, save_picture
+from paliedge.cli.options import backend_options, bundle_argument, json_option, load_model
 
 if TYPE_CHECKING:
     from paliedge.backends.select import BackendOptions
     from paliedge.bundle.bundle import Bundle
     from paliedge.bundle.manifest import Manifest
     from paliedge.diagnostics.selfcheck import RunReport
-
-DEMO_SCENES = Path(__file__).parents[1] / "scenes"
 
 
 @command("paliedge info bundle", "paliedge info bundle --precision-report")
@@ -188,38 +184,4 @@ def _print_run(checked: RunReport) -> None:
     )
 
 
-@command("paliedge demo", "paliedge demo -m bundle --save pictures")
-@model_options
-@option(
-    "--save",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("demo_output"),
-    show_default=True,
-    help="Folder for annotated pictures.",
-    group="Output",
-)
-@json_option("Answers as JSON lines.")
-def demo(bundle: Path | None, options: BackendOptions, save: Path, as_json: bool) -> None:
-    """Detect, segment, caption, count and read on the sample scenes that ship with paliedge."""
-    from paliedge.inputs.images import load_image
-
-    model = load_model(bundle, options)
-    for scene in json.loads((DEMO_SCENES / "scenes.json").read_text()):
-        image = load_image(DEMO_SCENES / scene["file"])
-        encoded = model.encode(image)
-        boxes = model.detect(encoded, scene["detect"])
-        masks = model.segment(encoded, scene["detect"][:1])
-        answers = {
-            f"detect {' ; '.join(scene['detect'])}": boxes,
-            f"segment {scene['detect'][0]}": masks,
-            "caption en": model.caption(encoded),
-            f"answer en {scene['ask']}": model.ask(encoded, scene["ask"]),
-            "ocr": model.ocr(encoded),
-        }
-        for prompt, answer in answers.items():
-            print_answer(f"{scene['file']}: {prompt}", answer, as_json)
-        others = [item for item in boxes.detections if item.label != scene["detect"][0]]
-        save_picture(image, replace(masks, detections=(*masks.detections, *others)), save / scene["file"])
-
-
-VERBS = (info, verify, demo)
+VERBS = (info, verify)

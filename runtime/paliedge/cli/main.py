@@ -152,7 +152,7 @@ def main() -> None:
     """
 
 
-from paliedge.cli import bench, build, bundles, cache, doctor, evaluate, plan, predict  # noqa: E402  registers the verbs
+from paliedge.cli import bench, build, bundles, cache, demo, doctor, evaluate, plan, predict  # noqa: E402  registers the verbs
 
 for _verb in (
     *predict.VERBS,
@@ -163,5 +163,6 @@ for _verb in (
     *evaluate.VERBS,
     *bench.VERBS,
     *cache.VERBS,
+    *demo.VERBS,
 ):
     main.add_command(_verb)
