@@ -29,6 +29,8 @@ _BOX_ERROR = 12
 class Batch:
     """I images, B sequences: `input_ids` and `labels` [B, T] hold the text behind the image tokens.
 
+    `points` [B, T] are the patches that hold the next character of an answer to `ocr`, IGNORE elsewhere.
+
     `masks` [M, 1, 64, 64] in -1..1 are those that the answers of rows `mask_row` [M] say, in their order, each
     within the box of `input_ids`, which is a little wrong, as a box is that the model has said.
     """
@@ -40,6 +42,7 @@ class Batch:
     prefix_length: Tensor
     length: Tensor
     ranks: Tensor
+    points: Tensor
     masks: Tensor
     mask_row: Tensor
     dense: dict[str, Tensor]
@@ -100,7 +103,7 @@ def make_batch(
 ) -> Batch:
     """Random scenes with random prompts."""
     picks = np.sort(rng.integers(len(pool) - VALIDATION_SCENES, size=num_images))
-    prefixes, suffixes, said, ranks = [], [], [], []
+    prefixes, suffixes, said, ranks, read = [], [], [], [], []
     no_masks, no_boxes = np.zeros((0, pool.masks.shape[-1]), np.uint8), np.zeros((0, 4), np.int64)
     masks, mask_rows, boxes, moved = [no_masks], [], [no_boxes], [no_boxes]
     for index in picks.tolist():
@@ -110,6 +113,7 @@ def make_batch(
             suffixes.append(encoder.suffix(example))
             said.append(np.array(suffixes[-1]))
             ranks.append(_patch_ranks(pool.patch_object[index], scene.objects, example))
+            read.append(pool.patches_of_text(index) if example.task == "ocr" else [])
             if example.task == "segment":
                 places = [_place(scene.objects, target) for target in example.targets]
                 masks.append(pool.masks[index, places])
@@ -122,10 +126,12 @@ def make_batch(
     length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes, strict=True)) - 1
     input_ids = np.zeros((len(prefixes), length), np.int64)
     labels = np.full((len(prefixes), length), IGNORE)
+    points = np.full((len(prefixes), length), IGNORE)
     for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
         end = len(prefix) + len(suffix) - 1
         input_ids[row, :end] = [*prefix, *said[row][:-1]]
         labels[row, len(prefix) - 1 : end] = suffix
+        points[row, len(prefix) - 1 : len(prefix) - 1 + len(read[row])] = read[row]
     objects = pool.patch_object[picks].astype(np.int64)
     rows = np.arange(num_images)[:, None]
     centres = (np.stack(np.meshgrid(range(GRID), range(GRID)), -1).reshape(-1, 2) + 0.5) * PATCH
@@ -147,6 +153,7 @@ def make_batch(
             [len(prefix) + len(suffix) - 1 for prefix, suffix in zip(prefixes, suffixes, strict=True)], device=device
         ),
         ranks=torch.from_numpy(np.stack(ranks)).to(device),
+        points=torch.from_numpy(points).to(device),
         masks=move_masks(unpack(np.concatenate(masks)), np.concatenate(boxes), np.concatenate(moved)).to(device),
         mask_row=torch.tensor(mask_rows, dtype=torch.long, device=device),
         dense={name: value.to(device) for name, value in dense.items()},

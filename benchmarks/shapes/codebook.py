@@ -2,6 +2,7 @@
 
     python -m benchmarks.shapes.pool POOL
     python -m benchmarks.shapes.codebook POOL mask_decoder.safetensors
+    python -m benchmarks.shapes.codebook POOL --decoder mask_decoder.safetensors     # codes of another pool
 
 A VQ-VAE on masks of 64 x 64 pixels, cropped to their boxes. Its decoder and its codebook have the
 names and the layout of the published vae-oid.npz, only narrower, and are what is written; the encoder serves
@@ -54,6 +55,9 @@ class Codebook(nn.Module):
     Args:
         width: channels of the residual blocks; the published one has 128.
         dim: size of a codeword; the published one has 512.
+
+    Attributes:
+        keeps_words: training leaves the codewords where they are.
     """
 
     embedding: Tensor
@@ -62,6 +66,7 @@ class Codebook(nn.Module):
 
     def __init__(self, width: int = 32, dim: int = 32) -> None:
         super().__init__()
+        self.keeps_words = False
         halves = [width, width // 2, width // 4, width // 8]
         self.encoder = nn.Sequential()
         for narrow, wide in zip([1, *halves[:0:-1]], halves[::-1], strict=True):
@@ -93,7 +98,7 @@ class Codebook(nn.Module):
         latent = self.encoder(masks)
         codes = self.nearest(latent)
         words = self.embedding[codes].transpose(1, 2).unflatten(2, (GRID, GRID))
-        if self.training:
+        if self.training and not self.keeps_words:
             self._move(latent.detach().flatten(2).transpose(1, 2).flatten(0, 1), codes.flatten())
         found = self.decoder(latent + (words - latent).detach())
         return functional.mse_loss(found, masks) + _COMMITMENT * functional.mse_loss(latent, words)
@@ -145,12 +150,19 @@ def round_trip(model: Codebook, packed: np.ndarray[Any, Any]) -> float:
     return float(torch.cat(found).mean())
 
 
-def train(packed: np.ndarray[Any, Any], steps: int, log: Path, batch: int = 128, rate: float = 2e-3) -> Codebook:
-    """Train on all but the last masks; `log` gets the round trip on those, a row a line."""
+def train(
+    packed: np.ndarray[Any, Any], steps: int, log: Path, decoder: Path | None, batch: int = 128, rate: float = 2e-3
+) -> Codebook:
+    """Train on all but the last masks; `log` gets the round trip on those, a row a line.
+
+    With `decoder` that and its codewords stay what they are, and an encoder learns to say a mask in them.
+    """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    model = Codebook()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    model = load_decoder(decoder).train() if decoder else Codebook()
+    model.keeps_words = decoder is not None
+    parameters = (model.encoder if decoder else model).parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     held_out, seen = packed[-_HELD_OUT:], packed[:-_HELD_OUT]
     started, rows = time.perf_counter(), list[str]()
     for step in range(steps):
@@ -202,13 +214,17 @@ def load_decoder(path: Path) -> Codebook:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pool", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, nargs="?", help="where the decoder goes; not needed with --decoder")
+    parser.add_argument("--decoder", type=Path, help="keep this decoder and its codewords")
     parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--log", type=Path, default=Path("benchmarks/results/shapes_codebook.jsonl"))
     arguments = parser.parse_args()
+    if (arguments.output is None) == (arguments.decoder is None):
+        parser.error("give either a file for a new decoder, or --decoder")
     packed, places = load_masks(arguments.pool)
-    model = train(packed, arguments.steps, arguments.log)
-    save_decoder(model, arguments.output)
+    model = train(packed, arguments.steps, arguments.log, arguments.decoder)
+    if arguments.output:
+        save_decoder(model, arguments.output)
     write_codes(model, packed, places, arguments.pool)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,13 @@ class Pool:
     def __len__(self) -> int:
         return len(self.images)
 
+    def patches_of_text(self, index: int) -> list[int]:
+        """The patch in which each character of the scene's text has its centre, in the order of the text."""
+        places = {int(place): patch for patch, place in enumerate(self.patch_order[index]) if place >= 0}
+        starts = sorted(places)
+        ends = [*starts, len(self.text[index])][1:]
+        return [places[start] for start, end in zip(starts, ends, strict=True) for _ in range(start, end)]
+
     def scene(self, index: int) -> Scene:
         """The scene without its masks."""
         objects = []
@@ -85,8 +93,8 @@ def crop_mask(mask: npt.NDArray[np.bool_], box: tuple[float, float, float, float
     return np.asarray(crop) > 127
 
 
-def _row_from_seed(seed: int) -> Row:
-    scene = make_scene(seed)
+def _row_from_seed(seed: int, photographs: bool) -> Row:
+    scene = make_scene(seed, photographs=photographs)
     boxes = np.zeros((MAX_OBJECTS, 4), np.uint8)
     classes = np.full(MAX_OBJECTS, -1, np.int8)
     cover = np.zeros((MAX_OBJECTS, GRID, GRID), np.int64)
@@ -118,13 +126,15 @@ def _row_from_seed(seed: int) -> Row:
     }
 
 
-def draw_pool(folder: Path, num_scenes: int, workers: int) -> None:
+def draw_pool(folder: Path, num_scenes: int, workers: int, *, photographs: bool = False) -> None:
     """Draw the scenes of seeds 0 to `num_scenes` - 1 into `folder`."""
     assert num_scenes <= HELD_OUT_SEED
     folder.mkdir(parents=True, exist_ok=True)
     arrays: Row = {}
     with multiprocessing.Pool(workers) as workers_pool:
-        for index, row in enumerate(workers_pool.imap(_row_from_seed, range(num_scenes), chunksize=64)):
+        for index, row in enumerate(
+            workers_pool.imap(partial(_row_from_seed, photographs=photographs), range(num_scenes), chunksize=64)
+        ):
             if not arrays:
                 arrays = {name: np.zeros((num_scenes, *value.shape), value.dtype) for name, value in row.items()}
             for name, value in row.items():
@@ -138,8 +148,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--photographs", action="store_true", help="most backgrounds are pieces of photographs")
     arguments = parser.parse_args()
-    draw_pool(arguments.folder, arguments.scenes, arguments.workers)
+    draw_pool(arguments.folder, arguments.scenes, arguments.workers, photographs=arguments.photographs)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,15 @@ WORDS = tuple(
 TASKS = ("detect", "caption", "count", "colour", "ocr", "segment")
 SHARES = (0.5, 0.14, 0.08, 0.08, 0.2)
 SHARES_WITH_MASKS = (0.24, 0.13, 0.06, 0.04, 0.19, 0.34)
+PHOTOGRAPHS = Path(__file__).parent / "photographs"
+TRAINED_PHOTOGRAPHS = (
+    *("astronaut", "brick", "camera", "chelsea", "china"),
+    *("coins", "grass", "gravel", "hubble_deep_field"),
+)
+JUDGED_PHOTOGRAPHS = ("coffee", "flower", "rocket")
+"""Behind held-out scenes alone."""
+_PHOTOGRAPHED = 0.8
+"""The share of scenes on photographs, where these are wanted."""
 _NUMBER_WORDS = ("no", "a", "two", "three", "four", "five", "six")
 _OVERSAMPLING = 4
 
@@ -106,10 +116,11 @@ class Example(NamedTuple):
     targets: tuple[SceneObject, ...] = ()
 
 
-def make_scene(seed: int) -> Scene:
-    """Draw the scene of `seed`."""
+def make_scene(seed: int, *, photographs: bool = False) -> Scene:
+    """Draw the scene of `seed`, on a drawn background, or most of the time on a piece of a photograph."""
     rng = np.random.default_rng(seed)
-    canvas = _draw_background(rng)
+    names = JUDGED_PHOTOGRAPHS if seed >= HELD_OUT_SEED else TRAINED_PHOTOGRAPHS
+    canvas = _cut_background(rng, names) if photographs and rng.random() < _PHOTOGRAPHED else _draw_background(rng)
     layers = _place_layers(rng)
     objects: list[SceneObject] = []
     text = None
@@ -272,6 +283,24 @@ def _draw_background(rng: np.random.Generator) -> npt.NDArray[np.float64]:
         noise = rng.normal(0, strength, (cells, cells)).astype(np.float32)
         canvas += np.asarray(Image.fromarray(noise).resize((IMAGE_SIZE,) * 2, Image.Resampling.BICUBIC))[..., None]
     return canvas
+
+
+def _cut_background(rng: np.random.Generator, names: Sequence[str]) -> npt.NDArray[np.float64]:
+    """A square piece of a photograph, in any of eight positions, paler and greyer than it is."""
+    picture = _photograph(names[int(rng.integers(len(names)))])
+    side = int(rng.integers(IMAGE_SIZE, len(picture) + 1))
+    top, left = rng.integers(len(picture) - side + 1, size=2)
+    piece = Image.fromarray(picture[top : top + side, left : left + side])
+    canvas = np.asarray(piece.resize((IMAGE_SIZE,) * 2, Image.Resampling.BICUBIC), np.float64)
+    canvas = np.rot90(canvas[:, :: rng.choice((1, -1))], int(rng.integers(4)))
+    grey = canvas.mean(axis=2, keepdims=True)
+    canvas = grey + rng.uniform(0.2, 0.9) * (canvas - grey)
+    return np.asarray(rng.uniform(70, 170) + rng.uniform(0.4, 0.9) * (canvas - canvas.mean()))
+
+
+@cache
+def _photograph(name: str) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(PHOTOGRAPHS / f"{name}.jpg"))
 
 
 def _draw_shape(rng: np.random.Generator, shape: str) -> npt.NDArray[np.float32]:

@@ -1,10 +1,10 @@
 """What is trained: the model with its helping heads, and the losses.
 
-Four helps that training has and the model does not keep: location targets are spread over the neighbouring bins; the
+Five helps that training has and the model does not keep: location targets are spread over the neighbouring bins; the
 codes that the model sees of its own answer are random, so that it looks at the picture and not at them; a dense
-head on the vision encoder's output names each patch's object, its box, the codes of its mask and its characters; a
-head in the middle of the decoder marks the patches that answer the prompt, by rank. Masks are compared as masks:
-many codes say nearly the same.
+head on the vision encoder's output names each patch's object, its box, the codes of its mask and its characters; heads
+in the middle of the decoder mark the patches that answer the prompt, by rank, and point at the patch of the character
+that is to be read next. Masks are compared as masks: many codes say nearly the same.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class DenseHeads(nn.Module):
         self.patch = nn.Linear(width, sum(self.sizes))
         self.codes = nn.Linear(width, CODES * NUM_CODES)
         self.mark = nn.Linear(width, MAX_OBJECTS + 1)
+        self.point = nn.Linear(width, NUM_PATCHES)
 
     def patch_losses(self, features: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """`features` [I, 64, D] of the vision encoder."""
@@ -66,6 +67,11 @@ class DenseHeads(nn.Module):
         """`hidden` [B, 64, D] in the middle of the decoder; `ranks` [B, 64], or IGNORE."""
         hidden = functional.rms_norm(hidden, hidden.shape[-1:])
         return functional.cross_entropy(self.mark(hidden).flatten(0, 1), ranks.flatten(), ignore_index=IGNORE)
+
+    def point_loss(self, hidden: Tensor, points: Tensor) -> Tensor:
+        """`hidden` [N, D] where an answer is about to say a character; `points` [N] of its patch."""
+        hidden = functional.rms_norm(hidden, hidden.shape[-1:])
+        return functional.cross_entropy(self.point(hidden), points, reduction="sum") / (len(points) + 1)
 
 
 def prefix_lm_mask(prefix_length: Tensor, length: Tensor, width: int) -> Tensor:
@@ -141,7 +147,7 @@ class Trainee(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         input_ids = self._hide_codes(batch.input_ids)
         features, images = self.encode_images(batch.pixel_values)
-        chosen, marks = [], []
+        chosen, marks, pointing, points = [], [], [], []
         order = batch.length.argsort()
         for rows in order.chunk(_LENGTH_GROUPS):  # short texts apart from long ones: less padding
             width = int(batch.length[rows].max())
@@ -149,6 +155,8 @@ class Trainee(nn.Module):
             middle, hidden = self.decode(images[batch.image_index[rows]], input_ids[rows, :width], *lengths)
             chosen.append(hidden[:, NUM_PATCHES:][batch.labels[rows, :width] != IGNORE])
             marks.append(middle[:, :NUM_PATCHES])
+            points.append(batch.points[rows, :width])
+            pointing.append(middle[:, NUM_PATCHES:][points[-1] != IGNORE])
         log_probs = self.model.lm_head(torch.cat(chosen)).float().log_softmax(-1)
         labels = batch.labels[order]
         labels = labels[labels != IGNORE]
@@ -170,4 +178,7 @@ class Trainee(nn.Module):
             "text": text / (weights[is_text].sum() + 1),
             **self.heads.patch_losses(features.float(), batch.dense),
             "mark": self.heads.mark_loss(torch.cat(marks).float(), batch.ranks[order]),
+            "point": self.heads.point_loss(
+                torch.cat(pointing).float(), torch.cat([part[part != IGNORE] for part in points])
+            ),
         }

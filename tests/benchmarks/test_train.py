@@ -22,14 +22,15 @@ from benchmarks.shapes.codebook import (
     load_decoder,
     load_masks,
     round_trip,
+    save_decoder,
     unpack,
     write_codes,
 )
 from benchmarks.shapes.codebook import train as train_codebook
 from benchmarks.shapes.network import make_model
-from benchmarks.shapes.pool import Pool, crop_mask, draw_pool
+from benchmarks.shapes.pool import GRID, PATCH, Pool, crop_mask, draw_pool
 from benchmarks.shapes.refine_masks import collect_answers, mean_iou, refine
-from benchmarks.shapes.scenes import CLASSES, make_scene
+from benchmarks.shapes.scenes import CLASSES, JUDGED_PHOTOGRAPHS, PHOTOGRAPHS, TRAINED_PHOTOGRAPHS, make_scene
 from benchmarks.shapes.train import rounded, train
 from benchmarks.shapes.trainee import Trainee, prefix_lm_mask
 from benchmarks.shapes.vocabulary import SEGMENTATIONS, build_tokenizer
@@ -120,12 +121,40 @@ def test_a_codebook_learns_to_bring_masks_back(pool: Path, tmp_path: Path, monke
     monkeypatch.setattr("benchmarks.shapes.codebook._HELD_OUT", 20)
     packed, places = load_masks(pool)
     assert packed.shape == (len(places), 512)
-    model = train_codebook(packed[:44], 250, tmp_path / "log.jsonl", batch=12)
+    model = train_codebook(packed[:44], 250, tmp_path / "log.jsonl", None, batch=12)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 250
     assert rows[-1]["loss"] < 0.5  # an untrained one is at 1
     assert round_trip(model, packed[:24]) > 0.72  # the whole box would be 0.66
     assert len(set(model.encode(unpack(packed[:24])).flatten().tolist())) > 1
+    save_decoder(model, tmp_path / "decoder.safetensors")
+    other = train_codebook(packed[:44], 60, tmp_path / "log.jsonl", tmp_path / "decoder.safetensors", batch=12)
+    kept, trained = model.state_dict(), other.state_dict()
+    fixed = [name for name in kept if name == "embedding" or name.startswith("decoder.")]
+    assert all(torch.equal(trained[name], kept[name]) for name in fixed)
+    assert round_trip(other, packed[:24]) > 0.66, "an encoder learns to say masks in codewords that stay"
+
+
+def test_an_answer_points_at_the_patches_of_its_characters(pool: Path) -> None:
+    loaded = Pool.load(pool)
+    texts = [index for index in range(len(loaded)) if loaded.scene(index).text]
+    assert texts
+    for index in texts:
+        drawn = make_scene(index).text
+        assert drawn is not None
+        patches = [int(y // PATCH) * GRID + int(x // PATCH) for x, y in drawn.centres]
+        assert loaded.patches_of_text(index) == patches
+
+
+def test_scenes_on_photographs_keep_some_for_judging_and_are_otherwise_alike() -> None:
+    seen = [make_scene(seed, photographs=True) for seed in range(12)]
+    assert all(np.array_equal(one.image, make_scene(seed, photographs=True).image) for seed, one in enumerate(seen))
+    assert any(not np.array_equal(one.image, make_scene(seed).image) for seed, one in enumerate(seen))
+    assert not set(TRAINED_PHOTOGRAPHS) & set(JUDGED_PHOTOGRAPHS)
+    listed = (PHOTOGRAPHS / "README.md").read_text()
+    for name in (*TRAINED_PHOTOGRAPHS, *JUDGED_PHOTOGRAPHS):
+        assert (PHOTOGRAPHS / f"{name}.jpg").is_file()
+        assert f"{name}.jpg" in listed, "its licence is told"
 
 
 def test_masks_stand_where_their_codes_are_said(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
