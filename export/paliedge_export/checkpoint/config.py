@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paliedge.errors import CheckpointError
+from paliedge_export.checkpoint.weight_files import folders_below, refuse_pointer, some
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,14 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
+        if below := folders_below(folder):
+            raise CheckpointError(
+                expected=f"a Hugging Face checkpoint with config.json in {folder}",
+                found=f"checkpoints in {some(path.name for path in below)}",
+                action=f"Name {below[-1]}.",
+            ) from error
+        if isinstance(error, ValueError):
+            refuse_pointer(folder / "config.json")
         raise CheckpointError(
             expected=f"a Hugging Face checkpoint with config.json in {folder}",
             found="no readable config.json" if isinstance(error, OSError) else "a config.json that is no JSON",

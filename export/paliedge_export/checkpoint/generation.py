@@ -41,6 +41,8 @@ _CHANGE_GREEDY: Mapping[str, object] = {
     "watermarking_config": None,
 }
 """Settings that make greedy answers others, and the values that leave them alone, as does null."""
+_NOT_DONE = ("cache_implementation", "token_healing", "assistant_early_exit", "prompt_lookup_num_tokens")
+"""Settings of how transformers computes, which change answers by roundings at most, and of what it adds to prompts."""
 _NAMED = ("max_length", "max_new_tokens", "max_time")
 """Settings that end an answer early; a bundle has limits of its own."""
 
@@ -71,6 +73,9 @@ def read_ends(folders: Sequence[Path], tokenizer: PreparedTokenizer) -> tuple[To
             action="Take the file from the checkpoint that yours was trained from.",
         )
     notes = [f"{FILE} asks for {name} {asked[name]}: give it with each request" for name in _NAMED if asked.get(name)]
+    if path and listed is None:
+        notes.append(f"{FILE} names no end of answers: they end at the tokenizer's <eos>")
+    notes += [f"{FILE} asks for {name}, which a bundle does not do" for name in _NOT_DONE if asked.get(name)]
     if asked.get("do_sample"):
         notes.append(f"{FILE} asks for sampling: a bundle answers greedily")
     eos = tokens.eos if tokens.eos in ends else ends[0]

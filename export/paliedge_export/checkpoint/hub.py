@@ -71,7 +71,13 @@ def download(repository: str, revision: str | None, wanted: list[str]) -> Path:
         CheckpointError: it is gated, missing or out of reach, or the disk is full.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     expected = f"the hub repository {repository}"
     try:
@@ -85,25 +91,49 @@ def download(repository: str, revision: str | None, wanted: list[str]) -> Path:
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            expected=expected,
+            expected=f"{expected} (there is no folder {repository} here)",
             found="no such repository, or a private one that you are not logged in for",
             action=f"1. Open https://huggingface.co/{repository} and check the name. "
             "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
         ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(
+            expected=f"the revision '{revision}' of {repository}",
+            found="no branch, tag or commit of that name",
+            action=f"Open https://huggingface.co/{repository}/tree/main and choose one of its branches.",
+        ) from None
     except HFValidationError:
         raise _misspelt(repository) from None
     except Exception as error:  # the client lets through what its HTTP library raises, and changes the library
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if getattr(getattr(error, "response", None), "status_code", None) == 403:
+            raise CheckpointError(
+                expected=expected,
+                found="a token that may not read it (403)",
+                action="1. Give the token access to public gated repositories in its settings on the hub, and accept "
+                f"the terms at https://huggingface.co/{repository}. 2. Run this command again.",
+            ) from None
+        if _is_full(error):
             raise CheckpointError(
                 expected=f"room on the disk for {repository}",
                 found="a full disk (No space left on device)",
                 action="Free some, or set HF_HOME to a folder on another disk, and run this command again: what has "
                 "come is kept.",
             ) from None
+        if HF_HUB_OFFLINE:
+            raise CheckpointError(
+                expected=expected,
+                found="no complete copy in the local cache, and HF_HUB_OFFLINE is set, so that nothing is downloaded",
+                action="Unset HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
+            ) from None
         reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
         raise CheckpointError(
-            expected=expected,
+            expected=f"{expected} (there is no folder {repository} here)",
             found=f"no complete copy in the local cache, and a download that failed ({reason})",
             action="Run this command again, which goes on where it stopped. If it fails again, check the network and "
             "HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
         ) from None
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is full, as Python or the client's own downloader says it."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

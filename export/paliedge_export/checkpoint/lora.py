@@ -21,9 +21,17 @@ from safetensors.numpy import load_file
 
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import ModelConfig
-from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Array, Checkpoint, canonical_name
+from paliedge_export.checkpoint.safetensors_reader import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    Array,
+    Checkpoint,
+    canonical_name,
+    unwrapped_names,
+)
+from paliedge_export.checkpoint.weight_files import refuse_pointer
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PART = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
@@ -43,6 +51,7 @@ class Adapter:
 
     Attributes:
         base: the model that it was trained on, as it says: a hub id or a folder of that machine; empty if it does not.
+        base_revision: the branch, tag or commit of that id, if it says one.
         replaced: tensors by canonical name that it holds whole.
         token_rows: of the tables, the rows by index that it holds.
         changes_nothing: whether all its products are zero and it holds nothing else.
@@ -53,16 +62,20 @@ class Adapter:
         self.weight = weight
         self._options = _read_options(folder)
         self.base = str(self._options.get("base_model_name_or_path") or "")
+        self.base_revision: str | None = self._options.get("revision")
         self.parts: dict[str, dict[str, Array]] = {}
         self.replaced: dict[str, Array] = {}
         self.token_rows: dict[str, Array] = {}
         self._modules: dict[str, str] = {}
+        if (folder / _WEIGHTS).is_file():
+            refuse_pointer(folder / _WEIGHTS)
         try:
             tensors = load_file(folder / _WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise _refused(folder, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
+            raise _refused(folder, f"{error}", f"An adapter is {CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
+        plain = unwrapped_names(tensors)
         for key, tensor in tensors.items():
-            self._take(key, tensor)
+            self._take(plain[key], tensor)
         if weight != 1.0 and (self.replaced or self.token_rows or self._options.get("use_dora")):
             raise _refused(folder, f"a weight of {weight:g}, for one that holds more than products", _MERGE)
 
@@ -131,7 +144,7 @@ class Adapter:
         return _refused(self.folder, found, "Name the base model that the adapter was trained on.")
 
     def _take(self, key: str, tensor: Array) -> None:
-        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        path = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         part, token = _PART.search(path), _TOKENS.search(path)
         if token:
             self.token_rows[canonical_name(path[: token.start()] + ".weight")] = tensor
@@ -267,9 +280,9 @@ def _merge(weight: Array, parts: Mapping[str, Array], scale: float) -> Array:
 
 def _read_options(adapter: Path) -> dict[str, Any]:
     try:
-        options = json.loads((adapter / _CONFIG).read_text("utf-8"))
+        options = json.loads((adapter / CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(adapter, f"{error}", f"An adapter is {_CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
+        raise _refused(adapter, f"{error}", f"An adapter is {CONFIG} and {_WEIGHTS}, as PEFT saves it.") from error
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         kind = options.get("peft_type") if isinstance(options, dict) else options
         raise _refused(adapter, f"an adapter of the kind {kind}", _MERGE)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from paliedge.errors import CheckpointError
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """In the order of transformers; the first one counts if it has a section `image_processor`."""
+_SIGLIP = "Siglip"
 _RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """By Pillow's numbers."""
 _SWITCHES: Mapping[str, tuple[bool, bool]] = {
@@ -42,18 +43,27 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
     Raises:
         CheckpointError: an unreadable file, a size that is not the model's, or a step that is not done here.
     """
-    raw = _read_processor(folder)
+    raw = {name: value for name, value in _read_processor(folder).items() if value is not None}
+    kind = str(raw.get("image_processor_type", raw.get("feature_extractor_type", _SIGLIP)))
+    if not kind.startswith(_SIGLIP):
+        raise CheckpointError(
+            expected=f"SigLIP's image processor in {folder}, PaliGemma's own",
+            found=f"{kind} in the processor's file",
+            action="Take preprocessor_config.json from the checkpoint that yours was trained from.",
+        )
     square = {"height": image_size, "width": image_size}
     size, resample = raw.get("size", square), raw.get("resample", 3)
-    if size in (image_size, {"height": image_size, "width": image_size}):
+    if isinstance(size, dict):
+        size = {name: value for name, value in size.items() if value is not None}
+    if size == image_size:
         size = square
     if size != square or type(resample) is not int or resample not in _RESAMPLE:
         raise CheckpointError(
             expected=f"preprocessing to {image_size} x {image_size} pixels with one of Pillow's filters, 0 to 5",
             found=f"size {json.dumps(size)} and resample {json.dumps(resample)}",
-            action="config.json and preprocessor_config.json must belong together.",
+            action="Take preprocessor_config.json from the checkpoint that config.json is of.",
         )
-    on = {name: usual if raw.get(name) is None else bool(raw[name]) for name, (usual, _) in _SWITCHES.items()}
+    on = {name: bool(raw.get(name, usual)) for name, (usual, _) in _SWITCHES.items()}
     wrong = [f"{name}: false" for name, (_, may_be_off) in _SWITCHES.items() if not on[name] and not may_be_off]
     wrong += [f"{name}: true" for name, value in raw.items() if name.startswith("do_") and value and name not in on]
     if wrong:
@@ -64,9 +74,9 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
         )
     settings = {
         "resample": _RESAMPLE[resample],
-        "rescale_factor": (raw.get("rescale_factor") or 1 / 255) if on["do_rescale"] else 1.0,
-        "mean": raw.get("image_mean") or [0.5] * 3 if on["do_normalize"] else [0.0] * 3,
-        "std": raw.get("image_std") or [0.5] * 3 if on["do_normalize"] else [1.0] * 3,
+        "rescale_factor": raw.get("rescale_factor", 1 / 255) if on["do_rescale"] else 1.0,
+        "mean": raw.get("image_mean", [0.5] * 3) if on["do_normalize"] else [0.0] * 3,
+        "std": raw.get("image_std", [0.5] * 3) if on["do_normalize"] else [1.0] * 3,
     }
     try:
         return msgspec.convert(_three(settings), Preprocess)
@@ -80,7 +90,14 @@ def read_preprocess(folder: Path, image_size: int) -> Preprocess:
 
 def asks_for_torchvision(folder: Path) -> bool:
     """Whether the processor's file names transformers' image processor on torchvision, which resizes otherwise."""
-    return str(_read_processor(folder).get("image_processor_type", "")).endswith("Fast")
+    raw = _read_processor(folder)
+    named = str(raw.get("image_processor_type", "")).endswith("Fast")
+    return named or raw.get("use_fast") is True or raw.get("backend") == "torchvision"
+
+
+def find_processor(folders: Sequence[Path]) -> Path | None:
+    """The first of the folders that holds a processor's file: an adapter's goes before its base model's."""
+    return next((folder for folder in folders if any((folder / name).is_file() for name in PROCESSOR_FILES)), None)
 
 
 def _three(settings: dict[str, Any]) -> dict[str, Any]:

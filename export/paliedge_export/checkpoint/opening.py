@@ -3,7 +3,6 @@
 # Tests: tests/export/checkpoint/test_opening.py and tests/export/checkpoint/test_roboflow.py.
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from paliedge_export.checkpoint.pi0 import Pi0Checkpoint, is_policy
 from paliedge_export.checkpoint.roboflow import split_package
 from paliedge_export.checkpoint.safetensors_reader import EMBED_TOKENS, LM_HEAD, Checkpoint
 
+_ANY_FOLDER = re.compile(r"checkpoint-\d+|model|base|base_model|merged|output|outputs|final|best|weights|\.+")
+"""Names that say nothing of the model in them."""
 _WEIGHTED = re.compile(r"(.+):([0-9.]+)")
 
 
@@ -103,7 +104,7 @@ def _find_base(adapter: Adapter) -> Path:
             action=f"Name that model as CHECKPOINT and add --lora {adapter.folder}.",
         )
     try:
-        return find_checkpoint(adapter.base)
+        return find_checkpoint(adapter.base, adapter.base_revision)
     except CheckpointError as error:
         raise CheckpointError(
             expected=f"the model '{adapter.base}', on which the adapter in {adapter.folder} was trained",
@@ -116,27 +117,18 @@ def _find_base(adapter: Adapter) -> Path:
 def _check_base(adapter: Adapter, checkpoint: str, folder: Path) -> None:
     """Refuse an adapter that names another model than the one at hand; names are all that it tells."""
     named = adapter.base.rstrip("/")
-    if not named:
-        return
-    there = {checkpoint, str(folder), folder.name, _name_in(folder)}
-    parts = {part for name in there for part in (name.rstrip("/"), name.rstrip("/").rpartition("/")[2])}
-    cached = {part.replace("--", "/").removeprefix("models/") for part in folder.parts}
+    last = named.rpartition("/")[2]
+    names = {checkpoint.partition("@")[0].rstrip("/"), folder.name}
+    names |= {part.removeprefix("models--").replace("--", "/") for part in folder.parts if part.startswith("models--")}
     same_place = Path(named).exists() and Path(named).resolve() == folder.resolve()
-    if same_place or named in parts | cached or named.rpartition("/")[2] in parts | cached:
+    alike = last in {name.rpartition("/")[2] for name in names} and not _ANY_FOLDER.fullmatch(last)
+    if not named or same_place or alike:
         return
     raise CheckpointError(
         expected=f"the base model of the adapter in {adapter.folder}: {named}",
         found=f"{checkpoint}",
         action="Name that model as CHECKPOINT, or add --force-base if this is a copy of it.",
     )
-
-
-def _name_in(folder: Path) -> str:
-    """What config.json calls the model."""
-    try:
-        return str(json.loads((folder / "config.json").read_text()).get("_name_or_path") or "")
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 def check_rows(checkpoint: Checkpoint, tokens: Tokens) -> None:

@@ -7,6 +7,7 @@ cache, and a few projections. The names and dimensions are those of lerobot 0.4'
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from paliedge_export.checkpoint.safetensors_reader import Checkpoint, unwrapped_
 from paliedge_export.checkpoint.tokenizer import FILE as TOKENIZER_FILE
 
 _TYPES = ("pi0", "pi05", "pi0_fast")
-_PREFIX = "paligemma_with_expert.paligemma."
+_BEFORE = re.compile(r"^(.*\.)?paligemma_with_expert\.paligemma\.")
+"""What stands before PaliGemma's own names; older lerobot has statistics of its normaliser beside them."""
 _TOKENIZER = "google/paligemma-3b-pt-224"
 _PREPROCESSOR = "policy_preprocessor.json"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,8 +70,9 @@ class Pi0Checkpoint(Checkpoint):
         return Preprocess(resample="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3, letterbox=(0, 0, 0))
 
     def _plain_names(self, names: Collection[str]) -> dict[str, str]:
-        plain = unwrapped_names(names)
-        return {name: inner.removeprefix(_PREFIX) for name, inner in plain.items() if inner.startswith(_PREFIX)}
+        plain = {name: _BEFORE.sub("", name) for name in names if _BEFORE.match(name)}
+        inner = unwrapped_names(plain.values())
+        return {name: inner[without] for name, without in plain.items()}
 
 
 def _read_dimensions(folder: Path) -> ModelConfig:

@@ -51,13 +51,22 @@ def split_package(folder: Path) -> tuple[Path, Path | None]:
     """The checkpoint in `folder`, and the adapter where `folder` holds one with its base model in `base`.
 
     An adapter alone is both: its base model lies elsewhere.
+
+    Raises:
+        CheckpointError: weights and an adapter, of which nobody can tell whether it is in them.
     """
     if not (folder / _ADAPTER).is_file():
         return folder, None
     if (folder / _BASE).is_dir():
         return folder / _BASE, folder
-    is_merged = any((folder / name).is_file() for name in (SINGLE, INDEX))
-    return folder, None if is_merged else folder
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        raise CheckpointError(
+            expected=f"a whole model or an adapter in {folder}",
+            found=f"weights and {_ADAPTER}",
+            action=f"If the adapter is merged into the weights, remove {_ADAPTER}. If not, move its files to another "
+            "folder and give that with --lora.",
+        )
+    return folder, folder
 
 
 def read_letterbox(folder: Path) -> Colour | None:

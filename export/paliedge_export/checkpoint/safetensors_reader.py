@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from paliedge.bundle.manifest import Preprocess
 from paliedge.errors import CheckpointError
 from paliedge_export.checkpoint.config import ModelConfig
-from paliedge_export.checkpoint.metadata import read_preprocess
+from paliedge_export.checkpoint.metadata import find_processor, read_preprocess
 from paliedge_export.checkpoint.roboflow import read_letterbox
 from paliedge_export.checkpoint.weight_files import broken, find_weight_files, some
 
@@ -63,6 +63,8 @@ Array = npt.NDArray[Any]
 
 def unwrapped_names(names: Collection[str]) -> dict[str, str]:
     """Each name without what torch.compile, DDP, FSDP, PEFT or Lightning put before it or between its parts."""
+    if not names:
+        return {}
     plain = {name: _BETWEEN.sub("", name) for name in names}
     while prefix := next((one for one in _WRAPPERS if all(name.startswith(one) for name in plain.values())), None):
         plain = {name: inner.removeprefix(prefix) for name, inner in plain.items()}
@@ -172,7 +174,7 @@ class Checkpoint(Mapping[str, Array]):
 
     def read_preprocess(self) -> Preprocess:
         """How its own files say that pictures are brought to the model's size."""
-        preprocess = read_preprocess(self.folder, self.config.vision.image_size)
+        preprocess = read_preprocess(find_processor(self.folders) or self.folder, self.config.vision.image_size)
         return msgspec.structs.replace(preprocess, letterbox=read_letterbox(self.folders[0]))
 
     def __iter__(self) -> Iterator[str]:
@@ -258,7 +260,7 @@ class Checkpoint(Mapping[str, Array]):
         if missing and not surplus:
             return broken(self.folder, f"no tensor {some(missing)}", "Check that every shard of it is there.")
         if not missing:
-            return broken(self.folder, f"left over: {some(surplus)}", "Other heads are not supported: leave them out.")
+            return broken(self.folder, f"left over: {some(surplus)}", "They belong to no PaliGemma: leave them out.")
         starts = {name.partition(".")[0] for name in surplus}
         common = f", all of which begin with '{next(iter(starts))}.'" if len(starts) == 1 else ""
         return broken(

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from paliedge.bundle.manifest import Tokens
 from paliedge.errors import CheckpointError
+from paliedge_export.checkpoint.weight_files import refuse_pointer
 
 FILE = "tokenizer.json"
 HELD_BACK = ("<image>", "<bos>", "<eos>", "<pad>")
@@ -25,6 +26,11 @@ _SENTENCEPIECE, _CONFIG, _ADDED, _SPECIAL = (
     *("tokenizer.model", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json"),
 )
+FILES = (FILE, _CONFIG, _ADDED, _SPECIAL)
+"""In which tokens may be named."""
+_INSTEAD = (_SENTENCEPIECE, _ADDED)
+"""Files of a tokenizer that mean nothing without `FILE`."""
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NUM_LOCATIONS, _NUM_SEGMENTATIONS = 1024, 128
 
@@ -54,16 +60,17 @@ def read_tokenizer(folders: Sequence[Path]) -> PreparedTokenizer:
         CheckpointError: no tokenizer.json, one without PaliGemma's tokens, or one that does not go with the files
             beside it.
     """
-    folder = next((one for one in folders if (one / FILE).is_file()), None)
-    if folder is None:
-        raise _without_file(folders)
+    folder = next((one for one in folders if any((one / name).is_file() for name in (FILE, *_INSTEAD))), None)
+    if folder is None or not (folder / FILE).is_file():
+        raise _without_file(folders if folder is None else [folder])
     path = folder / FILE
+    refuse_pointer(path)
     original = path.read_bytes()
     raw = _read_json(path)
     notes = [f"{FILE} carries a {name}, which is left out" for name in ("truncation", "padding") if raw.get(name)]
     changed = raw | {"truncation": None, "padding": None}
     changed["added_tokens"] = [
-        token | {"special": token["special"] and token["content"] in HELD_BACK} for token in raw.get("added_tokens", [])
+        token | {"special": token["content"] in HELD_BACK} for token in raw.get("added_tokens", [])
     ]
     missing = _add_missing(folder, changed)
     notes += [f"{FILE} lacks {_some(missing)}, which files beside it name: added"] if missing else []
@@ -81,11 +88,12 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _without_file(folders: Sequence[Path]) -> CheckpointError:
-    sentencepiece = next((one for one in folders if (one / _SENTENCEPIECE).is_file()), None)
+    sentencepiece = next((one for one in folders if any((one / name).is_file() for name in _INSTEAD)), None)
     if sentencepiece:
+        there = [name for name in _INSTEAD if (sentencepiece / name).is_file()]
         return CheckpointError(
             expected=f"PaliGemma's {FILE} in {sentencepiece}",
-            found=f"{_SENTENCEPIECE} alone",
+            found=f"{' and '.join(there)} alone",
             action="Convert it where sentencepiece is installed: `from transformers import AutoTokenizer; "
             f"AutoTokenizer.from_pretrained('{sentencepiece}').save_pretrained('{sentencepiece}')`.",
         )
@@ -110,9 +118,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _add_missing(folder: Path, raw: dict[str, Any]) -> list[str]:
     """Add the tokens that files beside tokenizer.json name and it lacks, behind its last one; their names."""
-    known = {token["content"] for token in raw.get("added_tokens", [])} | set(_vocabulary_of(raw))
+    added = {token["content"]: token for token in raw.get("added_tokens", [])}
+    known = added.keys() | set(_vocabulary_of(raw))
     missing: list[str] = []
-    for name, wanted in _named_tokens(folder):
+    for token, wanted in _named_tokens(folder):
+        name = token["content"]
+        if name in added and wanted is not None:
+            added[name].update({flag: token[flag] for flag in _FLAGS if flag in token})
         if name in known:
             continue
         index = 1 + max([token["id"] for token in raw["added_tokens"]] + [*_vocabulary_of(raw).values()], default=-1)
@@ -122,8 +134,8 @@ def _add_missing(folder: Path, raw: dict[str, Any]) -> list[str]:
                 found=f"it only in a file beside that, as {wanted} where the next free id is {index}",
                 action="Save the tokenizer again with transformers' save_pretrained, and export that.",
             )
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-        raw["added_tokens"].append({"id": index, "content": name, **plain})
+        flags = {flag: token.get(flag, False) for flag in _FLAGS}
+        raw["added_tokens"].append({"id": index, "content": name, **flags, "special": False})
         known.add(name)
         missing.append(name)
     return missing
@@ -134,24 +146,32 @@ def _vocabulary_of(raw: dict[str, Any]) -> dict[str, int]:
     return vocabulary if isinstance(vocabulary, dict) else {}
 
 
-def _named_tokens(folder: Path) -> Iterator[tuple[str, int | None]]:
-    """Tokens that tokenizer_config.json or else the older files name, in the order of their ids if these are known."""
+def _named_tokens(folder: Path) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """Tokens that tokenizer_config.json or else the older files name, in the order of their ids if these are known.
+
+    Those without an id are special ones, in transformers' order; each has the flags that the file gives it.
+    """
     config = _read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     if decoder := config.get("added_tokens_decoder"):
         for index, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-            yield _content_of(token), int(index)
+            yield _describe(token), int(index)
     elif (folder / _ADDED).is_file():
-        yield from sorted(_read_json(folder / _ADDED).items(), key=lambda item: int(item[1]))
+        for name, index in sorted(_read_json(folder / _ADDED).items(), key=lambda item: int(item[1])):
+            yield _describe(name), int(index)
     special = _read_json(folder / _SPECIAL) if (folder / _SPECIAL).is_file() else {}
     for source in (config, special):
+        named = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        for name in [*named, *sorted(name for name in source if name.endswith("_token") and name not in named)]:
+            if isinstance(source.get(name), str | dict):
+                yield _describe(source[name]), None
         for name in ("additional_special_tokens", "extra_special_tokens"):
             listed = source.get(name) or []
             for token in listed.values() if isinstance(listed, dict) else listed:
-                yield _content_of(token), None
+                yield _describe(token), None
 
 
-def _content_of(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+def _describe(token: Any) -> dict[str, Any]:
+    return token if isinstance(token, dict) else {"content": str(token)}
 
 
 def _read_tokens(path: Path, content: bytes) -> Tokens:

@@ -34,7 +34,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     """
     single = folder / SINGLE
     indexed, absent = _indexed(folder)
-    shards = indexed if indexed and not absent else _numbered(folder)
+    shards = indexed if indexed and not absent else _numbered(folder, all_or_none=single.is_file())
     if single.is_file():
         if shards and single not in shards and not _are_equal([single], shards):
             raise broken(
@@ -51,8 +51,7 @@ def find_weight_files(folder: Path) -> list[Path]:
     else:
         raise _nothing(folder)
     for path in found:
-        if is_pointer(path):
-            raise broken(folder, f"a pointer of Git LFS in place of {path.name}", "Run `git lfs pull` in that folder.")
+        refuse_pointer(path)
     return found
 
 
@@ -62,13 +61,24 @@ def is_pointer(path: Path) -> bool:
         return stream.read(len(_POINTER)) == _POINTER
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise a CheckpointError where Git left its note on a file in the file's place."""
+    if is_pointer(path):
+        raise broken(path.parent, f"a pointer of Git LFS in place of {path.name}", "Run `git lfs pull` in that folder.")
+
+
+def folders_below(folder: Path) -> list[Path]:
+    """The folders below that hold a checkpoint, as a Trainer leaves them, the newest last."""
+    found = {path.parent for name in (SINGLE, INDEX, "adapter_config.json") for path in folder.glob(f"*/{name}")}
+    return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+
+
 def _indexed(folder: Path) -> tuple[list[Path], list[str]]:
     """The shards that the index names, and those of them that are not there."""
     index = folder / INDEX
     if not index.is_file():
         return [], []
-    if is_pointer(index):
-        raise broken(folder, f"a pointer of Git LFS in place of {INDEX}", "Run `git lfs pull` in that folder.")
+    refuse_pointer(index)
     try:
         names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -76,8 +86,11 @@ def _indexed(folder: Path) -> tuple[list[Path], list[str]]:
     return [folder / name for name in names], [name for name in names if not (folder / name).is_file()]
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """Shards whose names say that they are all there; without an index."""
+def _numbered(folder: Path, *, all_or_none: bool) -> list[Path]:
+    """Shards whose names say that they are all there; without an index.
+
+    With `all_or_none` some of them count as none: beside a whole file transformers does not look at them.
+    """
     found = {
         path: match for path in sorted(folder.glob("model-*.safetensors")) if (match := _SHARD.fullmatch(path.name))
     }
@@ -87,6 +100,8 @@ def _numbered(folder: Path) -> list[Path]:
     (count,) = counts
     there = {int(match[1]) for match in found.values()}
     if missing := sorted(set(range(1, count + 1)) - there):
+        if all_or_none:
+            return []
         digits = len(next(iter(found.values()))[1])
         names = [f"model-{number:0{digits}d}-of-{count:0{digits}d}.safetensors" for number in missing]
         raise broken(folder, f"no {some(names)}", "Download the missing shards.")
@@ -123,10 +138,8 @@ def _read(path: Path, key: str) -> np.ndarray[tuple[int, ...], np.dtype[np.gener
 
 
 def _nothing(folder: Path) -> CheckpointError:
-    below = [path.parent for pattern in (SINGLE, INDEX) for path in folder.glob(f"*/{pattern}")]
-    if below:
-        newest = max(below, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)] or [0])
-        return broken(folder, f"its weights in {some(sorted({path.name for path in below}))}", f"Name {newest}.")
+    if below := folders_below(folder):
+        return broken(folder, f"its weights in {some(path.name for path in below)}", f"Name {below[-1]}.")
     for name, action in _OTHERS.items():
         if next(folder.glob(name), None):
             return broken(folder, f"{name} and no {SINGLE}", action)

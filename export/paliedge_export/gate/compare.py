@@ -158,7 +158,7 @@ def check(report: TargetReport, target: str) -> None:
     raise PrecisionError(
         expected=f"{report.precision} graphs for {target} as good as {found.reference}",
         found="; ".join(failed) + (f". The worst layers, with the cosine behind them: {worst}" if worst else ""),
-        action=_ADVICE.get(report.precision, "Export with --precision fp32, and report this. Nothing was published."),
+        action=_ADVICE.get(report.precision, "Report this with the checkpoint's small files. Nothing was published."),
     )
 
 

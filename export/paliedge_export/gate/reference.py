@@ -6,6 +6,7 @@ An export is held against it, and nothing in it is ours: neither ids nor pixels 
 # Tests: tests/export/gate/test_reference.py and tests/test_parity.py.
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from paliedge.bundle.manifest import Preprocess, Tokens
 from paliedge.errors import PrecisionError
 from paliedge.inputs.preprocess import Preprocessor
 from paliedge.inputs.tokenizer import PromptTokenizer
-from paliedge_export.checkpoint.metadata import PROCESSOR_FILES, asks_for_torchvision
+from paliedge_export.checkpoint.metadata import PROCESSOR_FILES, asks_for_torchvision, find_processor
 from paliedge_export.checkpoint.safetensors_reader import Checkpoint, canonical_name
-from paliedge_export.checkpoint.tokenizer import FILE as TOKENIZER_FILE
+from paliedge_export.checkpoint.tokenizer import FILES as TOKENIZER_FILES
+from paliedge_export.checkpoint.tokenizer import HELD_BACK
 from paliedge_export.gate import transformers_model
 from paliedge_export.gate.runner import MAX_NEW_TOKENS, ReferenceRun, TeacherForcedAnswer
 from paliedge_export.gate.transformers_model import NotComparedError, first_line, reference_steps, with_layers
@@ -52,7 +54,6 @@ class TransformersReference:
         if checkpoint.why_no_reference:
             raise NotComparedError(checkpoint.why_no_reference)
         transformers = transformers_model.import_transformers()
-        self._folder = checkpoint.folder
         dtype, layers = transformers_model.choose_size(checkpoint)
         self.config = with_layers(checkpoint.config, layers)
         self.name = f"transformers {transformers.__version__}"
@@ -64,9 +65,10 @@ class TransformersReference:
         try:
             self._model = transformers_model.load_model(checkpoint.folder, dtype, layers)
             self._take_adapters(checkpoint)
-            self._processor = self._load_processor(checkpoint.folder)
-            folder = next(one for one in checkpoint.folders if (one / TOKENIZER_FILE).is_file())
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self._folder = find_processor(checkpoint.folders) or checkpoint.folder
+            self._processor = self._load_processor(self._folder)
+            self._tokenizer_folder = next(one for one in checkpoint.folders if (one / TOKENIZER_FILES[0]).is_file())
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._tokenizer_folder)
         except NotComparedError:
             raise
         except Exception as error:  # whatever transformers makes of somebody's folder
@@ -146,17 +148,25 @@ class TransformersReference:
         Raises:
             PrecisionError: they differ: what is exported is not what the checkpoint's folder says.
         """
+        prompts = [prompt for sample in samples for prompt in sample.prompts]
+        for prompt in prompts + [f"a {token} b{token}c" for token in self._named_tokens()]:
+            theirs, ours = self.prompt_ids(prompt), tokenizer.encode_prefix(prompt)
+            if theirs != ours:
+                raise self._differs(f"the prompt '{prompt[:60]}' as tokens {theirs[:12]}", f"{ours[:12]}")
         for sample in samples:
-            for prompt in sample.prompts:
-                theirs, ours = self.prompt_ids(prompt), tokenizer.encode_prefix(prompt)
-                if theirs != ours:
-                    raise self._differs(f"the prompt '{prompt[:60]}' as tokens {theirs[:12]}", f"{ours[:12]}")
             wanted, made = self.pixel_values(sample.image), preprocess(sample.image)
             if wanted.shape != made.shape or not np.array_equal(wanted.astype(np.float32), made):
                 off = "another shape" if wanted.shape != made.shape else f"{np.abs(wanted - made).max():.3g} off"
                 raise self._differs("pixel_values as its image processor makes them", off)
         if self.end_ids and self.end_ids != tokens.end_ids:
             raise self._differs(f"answers that end at {sorted(self.end_ids)}", f"ends at {sorted(tokens.end_ids)}")
+
+    def _named_tokens(self) -> list[str]:
+        """The added tokens that a file names; transformers' class may add others, which no model was trained on."""
+        texts = [path.read_text() for path in self._tokenizer_folder.glob("*.json") if path.name in TOKENIZER_FILES]
+        spellings = {token: (token, json.dumps(token)[1:-1]) for token in self._tokenizer.get_added_vocab()}
+        named = {token for token, ways in spellings.items() if any(way in text for text in texts for way in ways)}
+        return sorted(named - set(HELD_BACK))
 
     def measure_torchvision(self, samples: Sequence[Sample]) -> str:
         """What another image processor than Pillow's would change, where the folder asks for it; empty elsewhere."""

@@ -11,13 +11,15 @@ from paliedge.bundle.bundle import read_manifest
 from paliedge.bundle.cache import bundles_folder
 from paliedge.bundle.manifest import MANIFEST, Precision
 from paliedge_export.checkpoint.hub import download, split_revision
+from paliedge_export.checkpoint.lora import CONFIG as ADAPTER
+from paliedge_export.checkpoint.lora import Adapter
 from paliedge_export.exporter import export_bundle
 
 _SMALL = 1_000_000_000
 """Weights in bytes up to which a checkpoint is kept in 32 bits."""
 _BYTES_PER_SECOND = 30_000_000
 """Of a 3B checkpoint's weights, exported on two cores; for an estimate."""
-_CONFIG = ["config.json", "adapter_config.json", MANIFEST]
+_CONFIG = ["config.json", ADAPTER, MANIFEST]
 
 
 def find_bundle(name: str, ask: Callable[[str], None], report: Callable[[str], None]) -> Path:
@@ -74,17 +76,24 @@ def _state_of(path: Path) -> str:
     return f"{path.resolve()} {status}"
 
 
-def _size_of(path: Path) -> int:
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+def _size_of(path: Path) -> int | None:
+    """Bytes of weights, with those of an adapter's base model; None where that is not known."""
+    size = sum(file.stat().st_size for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
+    if not (path / ADAPTER).is_file() or (path / "config.json").is_file():
+        return size
+    base = Adapter(path).base
+    rest = _size_of(Path(base)) if Path(base).is_dir() else _size_on_hub(base, None)
+    return None if rest is None else size + rest
 
 
-def _size_on_hub(repository: str, revision: str) -> int | None:
-    """Bytes of weights; None where the hub cannot be asked."""
+def _size_on_hub(repository: str, revision: str | None) -> int | None:
+    """Bytes of weights; None where the hub cannot be asked, or has no more than an adapter."""
     from huggingface_hub import HfApi
 
     try:
         files = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
     except Exception:  # offline; the download that follows says what is wrong
+        return None
+    if any(file.rfilename == ADAPTER for file in files):
         return None
     return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))

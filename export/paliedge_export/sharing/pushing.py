@@ -9,7 +9,7 @@ from pathlib import Path
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import MANIFEST, Manifest
 from paliedge.errors import OutputError
-from paliedge_export.checkpoint.hub import is_hub_id
+from paliedge_export.checkpoint.hub import is_hub_id, split_revision
 
 CARD, NOTICE = "README.md", "NOTICE"
 _GEMMA = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
@@ -74,7 +74,8 @@ def push_bundle(
 def write_card(manifest: Manifest, repository: str, license: str) -> str:
     """The repository's README.md: the hub's metadata, what the bundle is, how to run it, hashes, terms."""
     producer, vision, text = manifest.producer, manifest.model.vision, manifest.model.text
-    base = [f"base_model: {producer.checkpoint}"] if is_hub_id(producer.checkpoint) else []
+    checkpoint, _ = split_revision(producer.checkpoint)
+    base = [f"base_model: {checkpoint}"] if is_hub_id(checkpoint) else []
     metadata = [
         "---",
         f"license: {license}",

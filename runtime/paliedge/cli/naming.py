@@ -46,10 +46,16 @@ def find_bundle(name: Path | None, *, yes: bool) -> Path | None:
 
 
 def _is_for_the_exporter(name: Path) -> bool:
-    if (name / _BUNDLE_FILE).exists():
+    try:
+        is_bundle, is_there = (name / _BUNDLE_FILE).exists(), name.exists()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL in it
         return False
-    if name.exists():
-        return name.suffix == ".npz" or any((name / file).is_file() for file in _CHECKPOINT_FILES)
+    if is_bundle:
+        return False
+    if is_there:
+        return name.suffix == ".npz" or any(
+            next(name.glob(pattern), None) for file in _CHECKPOINT_FILES for pattern in (file, f"checkpoint-*/{file}")
+        )
     return bool(_HUB_ID.fullmatch(str(name)))
 
 

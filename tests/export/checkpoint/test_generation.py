@@ -66,6 +66,7 @@ def test_a_setting_that_changes_greedy_answers_is_refused_by_name(settings: dict
 
 def test_settings_that_change_nothing_pass_and_limits_are_told(folder: Path) -> None:
     plain: dict[str, Any] = {
+        "eos_token_id": 1,
         "repetition_penalty": 1.0,
         "num_beams": 1,
         "suppress_tokens": None,
@@ -73,8 +74,10 @@ def test_settings_that_change_nothing_pass_and_limits_are_told(folder: Path) -> 
         "top_k": 50,
     }
     assert read(folder, **plain)[3] == []
-    assert "max_new_tokens 20" in read(folder, max_new_tokens=20)[3][0]
-    assert "sampling" in read(folder, do_sample=True)[3][0]
+    assert "max_new_tokens 20" in read(folder, eos_token_id=1, max_new_tokens=20)[3][0]
+    assert "sampling" in read(folder, eos_token_id=1, do_sample=True)[3][0]
+    assert "cache_implementation" in read(folder, eos_token_id=1, cache_implementation="quantized")[3][0]
+    assert "names no end" in read(folder, eos_token_id=None)[3][0]
 
 
 @pytest.mark.parametrize("ends", [[], [10**7], ["<eos>"], [True]], ids=str)

@@ -155,3 +155,21 @@ def test_a_file_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "owner" / "name").touch()
     with pytest.raises(CheckpointError, match="Check the spelling"):
         find_checkpoint("owner/name")
+
+
+def test_a_token_that_may_not_read_gated_repositories_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = fail_with(monkeypatch, answer_of_the_hub(403, {}))
+    assert "403" in raised.found
+    assert "public gated repositories" in raised.action
+
+
+def test_a_full_disk_is_called_that_by_the_clients_own_downloader_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = fail_with(monkeypatch, RuntimeError("Data processing error: No space left on device (os error 28)"))
+    assert "a full disk" in raised.found
+    assert "HF_HOME" in raised.action
+
+
+def test_a_revision_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised = fail_with(monkeypatch, answer_of_the_hub(404, {"X-Error-Code": "RevisionNotFound"}))
+    assert raised.expected.startswith("the revision 'None' of")
+    assert "branches" in raised.action

@@ -158,3 +158,26 @@ def test_a_processor_file_that_is_no_object_is_refused(content: str, tmp_path: P
     (tmp_path / "processor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"processor_config\.json"):
         read_preprocess(tmp_path, 224)
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "ViTImageProcessor", "ConvNextImageProcessor"])
+def test_another_models_image_processor_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind}))
+    with pytest.raises(CheckpointError, match=kind):
+        read_preprocess(tmp_path, 56)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"image_processor_type": "SiglipImageProcessorFast", "resample": None},
+        {
+            "feature_extractor_type": "SiglipFeatureExtractor",
+            "size": {"height": 56, "width": 56, "shortest_edge": None},
+        },
+        {"image_mean": None, "rescale_factor": None, "do_resize": None},
+    ],
+)
+def test_null_is_the_usual_value(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
+    assert read_preprocess(tmp_path, 56) == read_preprocess(tmp_path / "nothing", 56)

@@ -91,3 +91,68 @@ def test_ids_revisions_and_weights_are_taken_apart(base: Path, adapter: Path, mo
     assert [one.weight for one in found._adapters] == [0.5, 1.0]
     with pytest.raises(UsageError, match=r"0\.5\.5"):
         open_checkpoint("google/paligemma-3b-pt-224", ["me/adapter:0.5.5"])
+
+
+def test_what_config_says_of_its_origin_makes_no_base_of_a_fine_tune(base: Path, adapter: Path, tmp_path: Path) -> None:
+    fine_tune = tmp_path / "my_finetune"
+    shutil.copytree(base, fine_tune)
+    config = json.loads((fine_tune / "config.json").read_text())
+    (fine_tune / "config.json").write_text(json.dumps(config | {"_name_or_path": "google/paligemma-3b-pt-224"}))
+    rename_base(adapter, "google/paligemma-3b-pt-224")
+    with pytest.raises(CheckpointError, match="--force-base"):
+        open_checkpoint(str(fine_tune), [adapter])
+
+
+def test_folders_of_a_common_name_are_not_the_same_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run2" / "checkpoint-500"
+    shutil.copytree(base, other)
+    rename_base(adapter, "/home/me/run1/checkpoint-500")
+    with pytest.raises(CheckpointError, match="--force-base"):
+        open_checkpoint(str(other), [adapter])
+
+
+def test_weights_and_an_adapter_in_one_folder_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    for path in adapter.iterdir():
+        shutil.copy(path, both)
+    with pytest.raises(CheckpointError, match="If the adapter is merged"):
+        open_checkpoint(str(both))
+
+
+@pytest.mark.parametrize("wrap", ["base_model.model._orig_mod.", "module.base_model.model."])
+def test_an_adapters_names_behind_wrappers_are_found(wrap: str, base: Path, adapter: Path) -> None:
+    plain = open_checkpoint(str(base), [adapter])
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({wrap + name.removeprefix("base_model.model."): value for name, value in tensors.items()}, path)
+    assert np.array_equal(open_checkpoint(str(base), [adapter])[NAME], plain[NAME])
+
+
+def test_the_processor_beside_an_adapter_goes_before_the_bases(base: Path, adapter: Path) -> None:
+    (adapter / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+    assert open_checkpoint(str(base), [adapter]).read_preprocess().std == (1.0,) * 3
+
+
+def test_an_adapter_that_git_left_out_is_called_that(base: Path, adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        open_checkpoint(str(base), [adapter])
+
+
+def test_an_adapter_alone_fetches_the_revision_of_its_base_that_it_names(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = adapter / "adapter_config.json"
+    named = {"base_model_name_or_path": "google/paligemma-3b-pt-224", "revision": "bfloat16"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    asked = []
+
+    def find(name: str, revision: str | None = None) -> Path:
+        asked.append((name, revision))
+        return base if name.startswith("google/") else Path(name)
+
+    monkeypatch.setattr(opening, "find_checkpoint", find)
+    open_checkpoint(str(adapter))
+    assert asked[-1] == ("google/paligemma-3b-pt-224", "bfloat16")

@@ -148,3 +148,11 @@ def test_what_is_no_policy_of_these_is_refused(plain: Path, tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps({"type": "smolvla"}))
     with pytest.raises(CheckpointError, match="model_type"):
         open_checkpoint(str(folder))
+
+
+def test_statistics_of_an_older_policy_beside_the_model_do_not_matter(plain: Path, tmp_path: Path) -> None:
+    folder = make_policy(plain, tmp_path / "policy", *FORMS["lerobot"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["normalize_inputs.buffer_observation_state.mean"] = np.zeros(8, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    assert open_checkpoint(str(folder)).keys() == Checkpoint(plain, read_config(plain)).keys()

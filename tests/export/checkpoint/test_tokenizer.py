@@ -133,3 +133,51 @@ def test_a_token_whose_id_is_taken_is_refused_by_name(folder: Path) -> None:
     edit_json(folder / "added_tokens.json", lambda raw: raw.update({"<x8>": 1}))
     with pytest.raises(CheckpointError, match="<x8>"):
         read_tokenizer([folder])
+
+
+def flag_tokens(folder: Path) -> None:
+    """Tokens that only tokenizer_config.json knows, with blanks that belong to them."""
+    known = {token["id"]: token for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    token = {"content": "<ls>", "lstrip": True, "rstrip": True, "single_word": False, "normalized": False}
+    listed = {**known, 1 + max(known): token | {"special": False}}
+    decoder = {str(index): {name: one[name] for name in one if name != "id"} for index, one in listed.items()}
+    edit_json(folder / "tokenizer_config.json", lambda raw: raw.update(added_tokens_decoder=decoder))
+
+
+def name_separator(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", lambda raw: raw.update(sep_token="<sep>", cls_token="<cls>"))
+
+
+@pytest.mark.parametrize("edit", [flag_tokens, name_separator], ids=lambda one: one.__name__)
+def test_tokens_of_tokenizer_config_are_what_transformers_makes_of_them(edit: Edit, folder: Path) -> None:
+    edit(folder)
+    prepared = read_tokenizer([folder])
+    ours, theirs = PromptTokenizer(prepared.content, prepared.tokens), AutoTokenizer.from_pretrained(folder)
+    for prompt in ("read <ls> now", "a<ls>b", "a <sep> b<cls>", "<sep><cls>"):
+        assert ours.encode_prefix(prompt) == theirs(f"<bos>{prompt}\n", add_special_tokens=False).input_ids, prompt
+
+
+def test_an_image_token_that_is_not_marked_as_special_is_held_back_too(folder: Path) -> None:
+    def unmark(raw: Any) -> None:
+        for token in raw["added_tokens"]:
+            token["special"] = token["special"] and token["content"] != "<image>"
+
+    edit_json(folder / "tokenizer.json", unmark)
+    prepared = read_tokenizer([folder])
+    ids = PromptTokenizer(prepared.content, prepared.tokens).encode_prefix("what <image> is")
+    assert prepared.tokens.image not in ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "added_tokens.json"])
+def test_a_tokenizer_beside_an_adapter_that_cannot_be_read_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"adapter; found {name} alone"):
+        read_tokenizer([adapter, folder])
+
+
+def test_a_tokenizer_that_git_left_out_is_called_that(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        read_tokenizer([folder])

@@ -194,3 +194,23 @@ def test_another_model_is_told_by_its_names(names: list[str], named: str, folder
     write(folder, {name: np.zeros(4, np.float32) for name in names})
     with pytest.raises(CheckpointError, match=named):
         Checkpoint(folder, read_config(folder))
+
+
+def test_a_shard_that_was_left_beside_a_whole_file_is_not_looked_at(folder: Path) -> None:
+    shard(folder, weights(folder))
+    for index in (False, True):
+        if not index:
+            (folder / INDEX).rename(folder / "kept")
+        else:
+            (folder / "kept").rename(folder / INDEX)
+        for path in sorted(folder.glob("model-*"))[1:]:
+            path.unlink()
+        assert find_weight_files(folder) == [folder / SINGLE]
+
+
+def test_without_a_config_at_the_top_the_newest_checkpoint_below_is_named(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for number in (500, 90, 1000):
+        shutil.copytree(folder, run / f"checkpoint-{number}")
+    with pytest.raises(CheckpointError, match=r"Name .*checkpoint-1000\."):
+        read_config(run)

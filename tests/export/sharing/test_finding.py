@@ -16,7 +16,9 @@ from paliedge.bundle.cache import list_cache
 from paliedge.cli import main
 from paliedge.errors import BundleError, CheckpointError
 from paliedge.model import SHIPPED_BUNDLE
+from paliedge_export.sharing import finding
 from paliedge_export.sharing.finding import find_bundle
+from tests.export.checkpoint.test_lora import adapt
 from tests.export.sharing.hub import FakeHub
 from tests.paths import SHAPES_CHECKPOINT
 from tests.tiny import make_tiny
@@ -128,3 +130,19 @@ def test_verbs_with_an_argument_take_a_hub_id_too(fake_hub: FakeHub) -> None:
     fake_hub.add("me/bundle", SHIPPED_BUNDLE)
     result = CliRunner().invoke(main, ["info", "me/bundle", "--json"])
     assert json.loads(result.stdout) == json.loads((SHIPPED_BUNDLE / "bundle.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for a name that goes
+def test_the_size_of_an_adapter_is_that_of_its_base_too(fake_hub: FakeHub, tmp_path: Path) -> None:
+    make_tiny(tmp_path / "base", "paligemma")
+    adapter = tmp_path / "adapter"
+    adapt(tmp_path / "base", adapter, {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    path = adapter / "adapter_config.json"
+    for place in (str(tmp_path / "base"), "me/base"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": place}))
+        if place == "me/base":
+            fake_hub.add(place, tmp_path / "base")
+        wanted = sum(
+            one.stat().st_size for folder in ("base", "adapter") for one in (tmp_path / folder).glob("*.safetensors")
+        )
+        assert finding._size_of(adapter) == wanted

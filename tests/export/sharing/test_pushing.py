@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
@@ -15,7 +16,7 @@ from paliedge.cli import main
 from paliedge.errors import BundleError, OutputError
 from paliedge.model import SHIPPED_BUNDLE
 from paliedge_export.sharing.finding import find_bundle
-from paliedge_export.sharing.pushing import push_bundle
+from paliedge_export.sharing.pushing import push_bundle, write_card
 from tests.export.sharing.hub import FakeHub
 
 SECRET = "hf_secretsecretsecret"
@@ -81,3 +82,15 @@ def test_a_hub_that_refuses_is_named_without_the_token(fake_hub: FakeHub, monkey
         push_bundle(SHIPPED_BUNDLE, "me/shapes")
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "named"), [("google/x", "google/x"), ("google/x@0f3a", "google/x"), ("mine", "")]
+)
+def test_the_card_names_the_base_model_where_that_is_on_the_hub(checkpoint: str, named: str) -> None:
+    manifest = Bundle(SHIPPED_BUNDLE).manifest
+    manifest = msgspec.structs.replace(
+        manifest, producer=msgspec.structs.replace(manifest.producer, checkpoint=checkpoint)
+    )
+    card = ModelCard(write_card(manifest, "me/it", "gemma"))
+    assert (getattr(card.data, "base_model", None) or "") == named
