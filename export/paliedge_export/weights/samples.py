@@ -23,6 +23,7 @@ PROMPTS = ("caption en", "detect cat ; dog", "answer en what is this?")
 """For a head that can say everything."""
 _NUM_IMAGES = 2
 _CANVAS = 256
+_TILE = 4
 
 MAX_IMAGES = 48
 PROMPTS_PER_IMAGE = 2
@@ -141,12 +142,15 @@ def _unusable(path: Path, found: str) -> UsageError:
 
 
 def golden_images() -> npt.NDArray[np.uint8]:
-    """Pictures with edges, gradients and noise; any will do, these need no file."""
-    rows, columns = np.mgrid[0:_CANVAS, 0:_CANVAS]
+    """Pictures with edges, gradients and noise; any will do, these need no file.
+
+    They are mosaics, which are small in a bundle: zip packs noise in every pixel not at all.
+    """
+    rows, columns = np.mgrid[0:_CANVAS:_TILE, 0:_CANVAS:_TILE]
     images = []
     for index in range(_NUM_IMAGES):
-        noise = np.random.default_rng(index).integers(0, 32, (_CANVAS, _CANVAS, 3))
+        noise = np.random.default_rng(index).integers(0, 32, (*rows.shape, 3))
         disc = (rows - 90 - 40 * index) ** 2 + (columns - 150 + 50 * index) ** 2 < 60**2
         ramps = np.stack([rows * 0.7, columns * 0.7, (rows + columns) * 0.35], -1)
         images.append(np.where(disc[..., None], (200, 60, 30 + 150 * index), ramps) + noise)
-    return np.stack(images).clip(0, 255).astype(np.uint8)
+    return np.stack(images).clip(0, 255).astype(np.uint8).repeat(_TILE, 1).repeat(_TILE, 2)
