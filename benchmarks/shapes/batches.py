@@ -14,15 +14,16 @@ from torch.nn import functional
 from benchmarks.shapes.codebook import unpack
 from benchmarks.shapes.network import NUM_PATCHES
 from benchmarks.shapes.pool import GRID, PATCH, Pool
-from benchmarks.shapes.scenes import MAX_OBJECTS, SHARES_WITH_MASKS, Example, make_examples
+from benchmarks.shapes.scenes import CHARACTERS, MAX_OBJECTS, SHARES_WITH_MASKS, Example, make_examples
 from benchmarks.shapes.vocabulary import LOCATIONS, NEWLINE, SEGMENTATIONS
 
 IGNORE = -100
 VALIDATION_SCENES = 60
 """The pool's last ones, never trained on."""
-_TASKS_WITH_TARGETS = ("detect", "count", "colour", "segment")
 _BOX_ERROR = 12
 """Largest standard deviation, in bins, of an edge that the model is shown as its own: 1.3 pixels."""
+_READ_ERROR = 0.1
+"""Share of the characters that the model is shown as read by itself and are others."""
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Encoder:
         vocabulary = tokenizer.get_vocab()
         self.bos, self.eos, self.newline = (vocabulary[name] for name in ("<bos>", "<eos>", NEWLINE))
         self.first_location, self.first_code = vocabulary[LOCATIONS[0]], vocabulary[SEGMENTATIONS[0]]
+        self.characters = np.array([vocabulary[character] for character in CHARACTERS])
 
     def prefix(self, example: Example) -> list[int]:
         return [self.bos, *self.tokenizer.encode(example.prompt, add_special_tokens=False).ids, self.newline]
@@ -73,6 +75,15 @@ class Encoder:
 def pixels_from_images(images: np.ndarray[Any, Any]) -> Tensor:
     """[I, H, W, 3] uint8 to [I, 3, H, W] in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def misread(
+    answer: np.ndarray[Any, Any], characters: np.ndarray[Any, Any], rng: np.random.Generator
+) -> np.ndarray[Any, Any]:
+    """`answer` [T], an end behind characters, with some of them read wrong."""
+    wrong = rng.random(len(answer)) < _READ_ERROR
+    wrong[-1] = False
+    return np.where(wrong, rng.choice(characters, len(answer)), answer)
 
 
 def misplace(boxes: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -114,6 +125,8 @@ def make_batch(
             said.append(np.array(suffixes[-1]))
             ranks.append(_patch_ranks(pool.patch_object[index], scene.objects, example))
             read.append(pool.patches_of_text(index) if example.task == "ocr" else [])
+            if example.task == "ocr":
+                said[-1] = misread(said[-1], encoder.characters, rng)
             if example.task == "segment":
                 places = [_place(scene.objects, target) for target in example.targets]
                 masks.append(pool.masks[index, places])
@@ -165,7 +178,7 @@ def _place(objects: Any, target: Any) -> int:
 
 
 def _patch_ranks(patch_object: Any, objects: Any, example: Example) -> np.ndarray[Any, Any]:
-    if example.task not in _TASKS_WITH_TARGETS:
+    if example.task == "ocr":
         return np.full(NUM_PATCHES, IGNORE)
     table = np.full(MAX_OBJECTS + 1, MAX_OBJECTS)  # the last one serves patch_object == -1
     for rank, target in enumerate(example.targets):

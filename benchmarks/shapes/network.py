@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from benchmarks.shapes.scenes import IMAGE_SIZE
 from benchmarks.shapes.vocabulary import IMAGE, LOCATIONS, write_tokenizer
 
 NUM_PATCHES = GRID * GRID
+NUM_LAYERS = 7
+"""Of the decoder."""
 
 
 def make_config(tokenizer: Tokenizer, width: int = 128) -> PaliGemmaConfig:
@@ -37,7 +40,7 @@ def make_config(tokenizer: Tokenizer, width: int = 128) -> PaliGemmaConfig:
         vocab_size=rows,
         hidden_size=width,
         intermediate_size=5 * width // 2,
-        num_hidden_layers=5,
+        num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=width // 4,
@@ -92,9 +95,27 @@ def make_model(tokenizer: Tokenizer) -> PaliGemmaForConditionalGeneration:
     return model
 
 
+def deepen(model: PaliGemmaForConditionalGeneration, num_layers: int = NUM_LAYERS) -> None:
+    """Give the decoder new layers between its own until it has `num_layers`; they change nothing before training."""
+    stack = model.model.language_model.layers
+    layers = list(stack)
+    missing = num_layers - len(layers)
+    for index in reversed(range(missing)):
+        place = (index + 1) * len(stack) // missing - 1
+        fresh = copy.deepcopy(layers[place])
+        with torch.no_grad():
+            fresh.self_attn.o_proj.weight.zero_()
+            fresh.mlp.down_proj.weight.zero_()
+        layers.insert(place + 1, fresh)
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.model.language_model.layers = torch.nn.ModuleList(layers)
+    model.config.text_config.num_hidden_layers = num_layers
+
+
 def save_checkpoint(model: PaliGemmaForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
-    """Hugging Face format, float16 weights: half the size of what training holds."""
-    half = PaliGemmaForConditionalGeneration(model.config).half()
+    """Hugging Face format, bfloat16 weights: every type of graph holds them exactly, and a wheel packs them well."""
+    half = PaliGemmaForConditionalGeneration(model.config).bfloat16()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(folder)
     write_tokenizer(tokenizer, folder)

@@ -32,7 +32,8 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from benchmarks.shapes.batches import VALIDATION_SCENES, Encoder, make_batch
 from benchmarks.shapes.codebook import load_decoder
-from benchmarks.shapes.network import make_model, save_checkpoint
+from benchmarks.shapes.muon import Muon
+from benchmarks.shapes.network import deepen, make_model, save_checkpoint
 from benchmarks.shapes.pool import Pool
 from benchmarks.shapes.trainee import ANSWER_LOSSES, Trainee
 from benchmarks.shapes.validation import validate
@@ -54,14 +55,14 @@ def _dense_weight(step: int, steps: int) -> float:
     return float(np.interp(step / steps, (0.5, 0.9), (1.0, 0.05)))
 
 
-def make_optimizers(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(trainee: Trainee, rate: float, worker: int, num_workers: int) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for tables, heads, norms and biases."""
     layers = (trainee.model.model.vision_tower.encoder, trainee.model.model.language_model.layers)
     matrices = [p for stack in layers for p in stack.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in trainee.parameters() if p.requires_grad and id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, rate, weight_decay=0.02, worker=worker, num_workers=num_workers),
         torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
@@ -109,9 +110,10 @@ class Run:
         self.encoder = Encoder(self.tokenizer)
         start: Path | None = arguments.start
         model = PaliGemmaForConditionalGeneration.from_pretrained(start) if start else make_model(self.tokenizer)
+        deepen(model)
         mask_decoder = load_decoder(arguments.mask_decoder)
         self.trainee = Trainee(model.float().train(), self.tokenizer, mask_decoder).to(arguments.device)
-        self.optimizers = make_optimizers(self.trainee, arguments.rate)
+        self.optimizers = make_optimizers(self.trainee, arguments.rate, rank, num_workers)
         self.pool = Pool.load(arguments.pool)
         self.step, self._seconds, self._started = 0, 0.0, time.perf_counter()
         self._state_path: Path = arguments.run / "state.pt"
@@ -137,7 +139,7 @@ class Run:
         rate = _learning_rate(self.step, options.steps, options.rate, options.vision_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * (_MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1)
+                group["lr"] = rate * (_MUON_RATE if isinstance(optimizer, Muon) else 1)
         self.trainee.zero_grad(set_to_none=True)
         rounds = options.round_every and not alone and self.step % options.round_every == 0
         with rounded(self.trainee) if rounds else nullcontext():

@@ -24,7 +24,7 @@ from benchmarks.shapes.scenes import CHARACTERS, CLASSES, IMAGE_SIZE, MAX_OBJECT
 from benchmarks.shapes.vocabulary import LOCATIONS, SEGMENTATIONS
 
 ANSWER_LOSSES = ("location", "code", "mask", "text")
-_MARK_LAYER = 3
+_MARK_LAYER = 4
 _LENGTH_GROUPS = 3
 _LABEL_WEIGHT = 4
 """Of the token behind a mask: one label to sixteen codes."""

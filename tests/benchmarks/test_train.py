@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from benchmarks.shapes.average_weights import average
-from benchmarks.shapes.batches import Encoder, make_batch, misplace, move_masks
+from benchmarks.shapes.batches import Encoder, make_batch, misplace, misread, move_masks
 from benchmarks.shapes.codebook import (
     CODES,
     NUM_CODES,
@@ -27,7 +27,8 @@ from benchmarks.shapes.codebook import (
     write_codes,
 )
 from benchmarks.shapes.codebook import train as train_codebook
-from benchmarks.shapes.network import make_model
+from benchmarks.shapes.muon import Muon
+from benchmarks.shapes.network import NUM_LAYERS, deepen, make_model
 from benchmarks.shapes.pool import GRID, PATCH, Pool, crop_mask, draw_pool
 from benchmarks.shapes.refine_masks import collect_answers, mean_iou, refine
 from benchmarks.shapes.scenes import CLASSES, JUDGED_PHOTOGRAPHS, PHOTOGRAPHS, TRAINED_PHOTOGRAPHS, make_scene
@@ -35,6 +36,7 @@ from benchmarks.shapes.train import rounded, train
 from benchmarks.shapes.trainee import Trainee, prefix_lm_mask
 from benchmarks.shapes.vocabulary import SEGMENTATIONS, build_tokenizer
 from paliedge import PaliGemma
+from tests.paths import SHAPES_CHECKPOINT
 
 MASK_DECODER = Path("benchmarks/shapes/checkpoint/mask_decoder.safetensors")
 
@@ -113,8 +115,51 @@ def test_training_resumes_and_ends_with_a_checkpoint(
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4]
     model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
-    assert model.dtype == torch.float16
+    assert model.dtype == torch.bfloat16
+    assert len(model.model.language_model.layers) == NUM_LAYERS
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
+
+
+def test_new_layers_change_nothing_at_first() -> None:
+    model = PaliGemmaForConditionalGeneration.from_pretrained(SHAPES_CHECKPOINT).float()
+    before = list(model.model.language_model.layers)
+    inputs = {
+        "input_ids": torch.tensor([[model.config.image_token_id] * 64 + [2, 10, 11, 4]]),
+        "pixel_values": torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(0)),
+    }
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        deepen(model, len(before) + 3)
+        assert torch.equal(model(**inputs).logits, logits)
+    after = list(model.model.language_model.layers)
+    assert len(after) == len(before) + 3
+    assert [layer for layer in after if layer in before] == before
+    assert [layer.self_attn.layer_idx for layer in after] == list(range(len(after)))
+
+
+def test_muon_is_torchs() -> None:
+    """torch's works in bfloat16: equal to the third digit of an update."""
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(size)) for size in ((12, 40), (40, 12), (16, 16))] for _ in "ab")
+    optimizers = [Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        moved = (other - 1).norm()
+        assert (one - other).norm() < 0.02 * moved
+
+
+def test_some_characters_are_shown_as_misread_and_the_end_is_not() -> None:
+    answer, characters = np.array([5, 6, 7, 8, 1]), np.arange(20, 56)
+    shown = np.stack([misread(answer, characters, np.random.default_rng(seed)) for seed in range(400)])
+    wrong = shown != answer
+    assert 0.07 < wrong[:, :-1].mean() < 0.13
+    assert not wrong[:, -1].any()
+    assert set(shown[wrong].tolist()) <= set(characters.tolist())
 
 
 def test_a_codebook_learns_to_bring_masks_back(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +245,7 @@ def test_a_step_in_4_bits_leaves_the_weights_as_they_were(codebook: Codebook) ->
         assert layer.unflatten(1, (-1, 64))[0, 0].unique().numel() <= 15
     with pytest.raises(KeyboardInterrupt), rounded(trainee):
         raise KeyboardInterrupt
-    assert len(changed) == 5 * 7
+    assert len(changed) == NUM_LAYERS * 7
     assert all(".layers." in name and "language_model" in name for name in changed)
     assert all(torch.equal(value, before[name]) for name, value in trainee.state_dict().items())
 
