@@ -206,7 +206,7 @@ def test_a_residual_beyond_the_range_of_fp16_does_no_harm(target: str, tmp_path:
         np.array([[getattr(one, part) for one in pair] for pair in pairs]) for part in ("tokens", "log_probs")
     )
     moved = tokens[:, 0] != tokens[:, 1]
-    assert moved.mean() < 0.05
+    assert moved.mean() < 0.1
     assert np.abs(scores[:, 0] - scores[:, 1])[moved].max(initial=0) < 0.02  # random weights have ties
 
 

@@ -23,7 +23,7 @@ PROMPTS = ("caption en", "detect cat ; dog", "answer en what is this?")
 """For a head that can say everything."""
 _NUM_IMAGES = 2
 _CANVAS = 256
-_TILE = 4
+_TILE = 8
 
 MAX_IMAGES = 48
 PROMPTS_PER_IMAGE = 2
