@@ -115,8 +115,8 @@ def test_without_the_remedy_the_probe_tells_and_answers_are_off(
     run_as: Callable[..., str], here: Answers, there: dict[str, Answers]
 ) -> None:
     """A control: what the tests above would see of products that are cut at 16 bits."""
-    code = "from paliedge import ort_session as session; session._EXACT = (); "
-    said = run_as(SATURATING, "-c", code + "print(session.examine_arithmetic('signed'))")
+    code = "from paliedge.backends import ort; ort._EXACT = (); "
+    said = run_as(SATURATING, "-c", code + "print(ort.examine_arithmetic('signed'))")
     assert re.fullmatch(r"8-bit products of signed weights: wrong, \S+ of the right sum with int8 weights\n", said)
     answers = there[SATURATING]
     assert distance(answers["fp32"], answers[AS_IT_IS + SIGNED]) > 2 * distance(here["fp32"], here[SIGNED])
@@ -125,7 +125,8 @@ def test_without_the_remedy_the_probe_tells_and_answers_are_off(
 JUDGE = """
 import sys
 from pathlib import Path
-from paliedge_export.exporter import Quantization, export_bundle
+from paliedge_export.exporter import export_bundle
+from paliedge_export.options import Quantization
 export_bundle(
     sys.argv[1], Path(sys.argv[2]), targets=["cpu", "jetpack6", "jetpack7"], precision="int8",
     quantization=Quantization(Path(sys.argv[3])),
