@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PaliGemmaForConditionalGeneration
 
 from tests.tiny import make_tiny
@@ -88,6 +89,10 @@ def _two_sets(folder: Path, tensors: Tensors) -> None:
     write_single(folder, tensors)
 
 
+def _lost_shard(folder: Path, tensors: Tensors) -> None:
+    write_shards(folder, tensors, index=True)[-1].unlink()
+
+
 LAYOUTS: dict[str, Callable[[Path, Tensors], None]] = {
     "single": write_single,
     "shards": _shards,
@@ -95,6 +100,7 @@ LAYOUTS: dict[str, Callable[[Path, Tensors], None]] = {
     "stale index": _stale_index,
     "both": _both,
     "two sets": _two_sets,
+    "lost shard": _lost_shard,
 }
 
 
@@ -139,6 +145,12 @@ def _added(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _stripping(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<s_x>", lstrip=True), AddedToken("<plain>", rstrip=True, single_word=True)])
+    tokenizer.save_pretrained(folder)
+
+
 def _truncated(folder: Path) -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     edit(folder / "tokenizer.json", truncation=truncation)
@@ -147,6 +159,7 @@ def _truncated(folder: Path) -> None:
 TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "plain": lambda folder: None,
     "added": _added,
+    "stripping": _stripping,
     "truncated": _truncated,
 }
 GENERATION: dict[str, dict[str, Any] | None] = {
@@ -169,6 +182,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "do_convert_rgb": {"do_convert_rgb": None},
     "do_center_crop": {"do_center_crop": True, "crop_size": {"height": 40, "width": 40}},
     "do_resize": {"do_resize": False},
+    "other": {"image_processor_type": "ConvNextImageProcessor"},
 }
 ADAPTERS: dict[str, dict[str, Any] | None] = {
     "none": None,
@@ -181,11 +195,12 @@ ADAPTERS: dict[str, dict[str, Any] | None] = {
     "rows": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [40, 300]}},
 }
 REFUSED = {
-    "layout": {"two sets": "two sets of weights"},
+    "layout": {"two sets": "two sets of weights", "lost shard": "model-00002-of-00002.safetensors"},
     "generation": {name: name for name in ("repetition_penalty", "suppress_tokens", "num_beams")},
-    "processor": {"do_center_crop": "do_center_crop", "do_resize": "do_resize"},
+    "processor": {"do_center_crop": "do_center_crop", "do_resize": "do_resize", "other": "ConvNextImageProcessor"},
 }
-"""What an export refuses, and why: two sets of weights, decoding that is not greedy, pictures that are not resized."""
+"""What an export refuses, and why: weights that are there twice or not at all, decoding that is not greedy, pictures
+that are not resized or are not SigLIP's."""
 
 
 def write_adapter(base: Path, folder: Path, options: dict[str, Any], seed: int) -> None:
@@ -207,7 +222,10 @@ ASPECTS: dict[str, list[str]] = {
     "generation": list(GENERATION),
     "processor": list(PROCESSORS),
     "adapter": list(ADAPTERS),
+    "words and pictures": ["in the checkpoint", "beside the adapter"],
 }
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+"""What a fine-tune may leave beside its adapter, and is meant more than what the base model has."""
 
 
 def choose(seed: int) -> dict[str, str]:
@@ -232,6 +250,7 @@ def make_form(seed: int, folder: Path) -> Form:
     tensors = load_file(twin / SINGLE)
     typed = {name: tensor.to(TYPES[choices["type"]](name)) for name, tensor in tensors.items()}
     write_single(twin, typed)
+    shutil.copytree(twin, folder / "plain")
     TOKENIZERS[choices["tokenizer"]](twin)
     settings = GENERATION[choices["generation"]]
     if settings is None:
@@ -249,5 +268,10 @@ def make_form(seed: int, folder: Path) -> Form:
         write_adapter(twin, folder / "adapter", options, seed)
         edit(folder / "adapter" / "adapter_config.json", base_model_name_or_path=str(made))
         form.adapters.append(folder / "adapter")
+        if choices["words and pictures"] == "beside the adapter":
+            form.twin = twin
+            for name in _BESIDE:
+                shutil.copyfile(twin / name, folder / "adapter" / name)
+                shutil.copyfile(folder / "plain" / name, made / name)
     form.refusals = refusals_of(choices)
     return form

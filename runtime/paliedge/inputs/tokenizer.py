@@ -37,7 +37,10 @@ class PromptTokenizer:
         self._tokenizer = self._load()
 
     def encode_prefix(self, text: str, *, location_tokens: bool = True) -> list[int]:
-        """Ids of bos, `text` (without one trailing newline) and newline.
+        """Ids of bos, `text` and one newline behind it, which may be there already.
+
+        Text and newline are read together, as transformers reads them: a token that takes the white space behind it
+        takes the newline, too.
 
         With `location_tokens` off, `<locNNNN>` and `<segNNN>` in `text` are plain text too.
 
@@ -57,8 +60,8 @@ class PromptTokenizer:
                 expected="a prompt of valid Unicode", found="a lone surrogate", action="Decode your input as UTF-8."
             ) from error
         tokenizer = self._tokenizer if location_tokens else self._plain_tokenizer
-        ids = tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False).ids
-        return [self._tokens.bos, *ids, self._tokens.newline]
+        text = text.removesuffix("\n") + "\n"
+        return [self._tokens.bos, *tokenizer.encode(text, add_special_tokens=False).ids]
 
     def encode_label(self, label: str) -> tuple[list[int], list[int]]:
         """Ids of a label behind its box, and of the separator behind it."""
