@@ -113,6 +113,9 @@ class Root:
         paliedge = self.path / "usr/bin/paliedge"
         paliedge.write_text(command)
         paliedge.chmod(0o755)
+        python = self.path / "usr/bin/python"  # an environment has this name; Debian's root has not
+        if not python.exists():
+            python.symlink_to("python3")
 
     def copy_project(self) -> None:
         """What git has of the working tree, to /src."""
