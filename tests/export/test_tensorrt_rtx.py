@@ -15,13 +15,12 @@ import pytest
 import torch
 
 from paliedge.backends.trt import build as building
-from paliedge.backends.trt import profiles
 from paliedge.backends.trt.build import build_engine
 from paliedge.backends.trt.flavours import ANY_GPU, load_flavour
 from paliedge.backends.trt.match import PARTS, parts_of
 from paliedge.backends.trt.profiles import design_engine
 from paliedge.bundle.bundle import Bundle
-from paliedge.bundle.manifest import Engine, Range
+from paliedge.bundle.manifest import Engine
 from paliedge.errors import BuildError
 from paliedge_export.checkpoint.config import read_config
 from paliedge_export.exporter import export_bundle
@@ -92,24 +91,6 @@ def test_a_mask_decoder_of_the_published_size_is_built(tiny: Tiny, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder whose weights outweigh its kernels: two layers, 170 MB in fp16."""
-    folder = tmp_path_factory.mktemp("wide")
-    make_tiny(folder, "paligemma", hidden_size=1024, intermediate_size=12288, num_heads=4, head_dim=256, num_layers=2)
-    return folder
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_both_profiles_share_the_weights(target: str, wide: Path, tmp_path: Path) -> None:
-    bundle, engine = build(wide, tmp_path / "bundle", target, "fp16")
-    files = bundle.manifest.files
-    weights = sum(files[name].size for name in bundle.manifest.targets[target].decoder.weights)
-    assert weights > 150e6
-    assert len(engine.decoder.profiles) == 2
-    assert files[engine.decoder.file].size < 1.05 * weights
-
-
-@pytest.fixture(scope="module")
 def gemma_2b_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer of Gemma-2B's shape, in bfloat16, and statistics of inputs that are all alike."""
     folder = tmp_path_factory.mktemp("gemma_2b_layer")
@@ -144,23 +125,6 @@ def test_weights_stay_integers_in_the_engine(
 ) -> None:
     """A builder that multiplied them out would give fp16's size."""
     assert decoder_size(gemma_2b_layer, tmp_path, target, precision) <= largest * fp16_engine_size
-
-
-def test_a_decode_profile_of_single_points_would_double_them(
-    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Why decode's profile has room for a second token; and the test above can fail."""
-    honest = profiles.decoder_profiles
-
-    def with_single_points(*arguments: object) -> tuple[dict[str, Range], ...]:
-        decode, prefill = honest(*arguments)  # type: ignore[arg-type]
-        return {name: Range(shapes.min, shapes.min, shapes.min) for name, shapes in decode.items()}, prefill
-
-    monkeypatch.setattr(profiles, "decoder_profiles", with_single_points)
-    bundle, engine = build(wide, tmp_path / "bundle", "jetpack7", "fp16")
-    files = bundle.manifest.files
-    weights = sum(files[name].size for name in bundle.manifest.targets["jetpack7"].decoder.weights)
-    assert files[engine.decoder.file].size > 1.5 * weights
 
 
 def test_a_graph_with_a_contrib_operator_is_refused_by_name(

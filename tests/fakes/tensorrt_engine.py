@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -56,11 +56,15 @@ class _Core:
 
     def scratch_bytes(self, profile: int) -> int:
         """More for prefill than for decode, and no multiple of anything."""
-        largest = self.plan["profiles"][profile].values()
-        return 1001 + sum(int(prod(shapes[2])) for shapes in largest)
+        largest = self.plan["profiles"][profile]
+        return scratch_of({name: shapes[2] for name, shapes in largest.items()})
 
     def error(self, text: str) -> None:
         self.logger.log(ILogger.ERROR, text)
+
+
+def scratch_of(shapes: Mapping[str, Sequence[int]]) -> int:
+    return 1001 + sum(int(prod(shape)) for shape in shapes.values())
 
 
 class Runtime:
@@ -176,6 +180,7 @@ class ExecutionContext:
         self._profile = 0
         self._scratch: tuple[int, int] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._laid_out_for: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._has_run = False
         self.compiles_at_once = not core.settings.is_rtx
@@ -196,6 +201,12 @@ class ExecutionContext:
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self._scratch = (memory, size)
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        if self._all_shapes() is None:
+            return 0
+        self._laid_out_for = dict(self._shapes)
+        return scratch_of(self._shapes)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         profile = self._core.plan["profiles"][self._profile]
@@ -254,7 +265,9 @@ class ExecutionContext:
     def _check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Addresses reach live memory, are aligned, and only what must share memory does."""
         cuda, core = self._core.cuda, self._core
-        if self._scratch is None or self._scratch[1] < core.scratch_bytes(self._profile):
+        is_laid_out = self._laid_out_for == self._shapes
+        needed = scratch_of(self._shapes) if is_laid_out else core.scratch_bytes(self._profile)
+        if self._scratch is None or self._scratch[1] < needed:
             raise cuda.rules.broken("an execution context without enough device memory")
         taken = {"scratch": self._scratch}
         for name, shape in shapes.items():

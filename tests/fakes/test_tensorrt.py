@@ -162,6 +162,15 @@ def test_the_bench_runs_with_and_without_a_graph(bench: Bench) -> None:
     assert not bench.gpu.rules.violations
 
 
+@pytest.mark.opset24(always=True)
+def test_scratch_that_is_laid_out_for_the_shapes_at_hand_may_be_smaller(bench: Bench) -> None:
+    needed = bench.context.update_device_memory_size_for_shapes()
+    assert needed < bench.engine.get_device_memory_size_for_profile_v2(0)
+    bench.context.set_device_memory(bench.scratch, needed)
+    assert bench.run()
+    assert not bench.gpu.rules.violations
+
+
 @pytest.mark.parametrize("name", ["next_token", "inputs_embeds", "present.0.key"])
 def test_a_missing_address_is_refused(bench: Bench, name: str, logger: Logger) -> None:
     bench.context = bench.new_context(**{name: 0})
@@ -183,6 +192,14 @@ def test_shapes_outside_the_profile_or_missing_or_at_odds_are_refused(bench: Ben
 
 def no_scratch(bench: Bench) -> None:
     bench.context.set_device_memory(bench.scratch, 1000)
+    bench.run()
+
+
+def scratch_laid_out_for_fewer_tokens(bench: Bench) -> None:
+    bench.context.set_device_memory(bench.scratch, bench.context.update_device_memory_size_for_shapes())
+    _, _, hidden = bench.shapes["inputs_embeds"]
+    bench.context.set_input_shape("inputs_embeds", (1, 2, hidden))
+    bench.context.set_input_shape("position_ids", (1, 2))
     bench.run()
 
 
@@ -266,6 +283,7 @@ def a_stream_that_is_none(bench: Bench) -> None:
 
 MISTAKES = (
     no_scratch,
+    scratch_laid_out_for_fewer_tokens,
     freed_scratch,
     an_address_off_the_alignment,
     an_output_beside_its_cache,

@@ -11,6 +11,7 @@ import pytest
 
 from paliedge.backends.trt import build
 from paliedge.backends.trt.build import build_engine
+from paliedge.backends.trt.profiles import MAX_ROWS
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Engine
 from paliedge.errors import BuildError, DeviceError, EngineMismatchError, MissingExtraError, OutputError, ResourceError
@@ -111,18 +112,19 @@ def test_profiles_span_what_requests_need(tensorrt: str, bundle: Path, tmp_path:
     assert vision["profiles"] == [{"pixel_values": [[1, 3, 56, 56]] * 3}]
     decode, prefill = decoder["profiles"]
     typical = min(NUM_IMAGE_TOKENS + 16, PREFIX)
-    assert decode["position_ids"] == [[1, 1], [1, 1], [1, 2]], "a single point would double the weights"
-    assert prefill["position_ids"] == [[1, NUM_IMAGE_TOKENS + 1], [1, typical], [1, PREFIX]]
-    assert decode["inputs_embeds"] == [[1, 1, 48], [1, 1, 48], [1, 2, 48]]
-    assert prefill["inputs_embeds"][2] == [1, PREFIX, 48]
+    assert decode["position_ids"] == [[1, 1], [1, 1], [MAX_ROWS, 1]]
+    assert prefill["position_ids"] == [[1, NUM_IMAGE_TOKENS + 1], [1, typical], [2, PREFIX]]
+    assert decode["inputs_embeds"] == [[1, 1, 48], [1, 1, 48], [MAX_ROWS, 1, 48]]
+    assert prefill["inputs_embeds"][2] == [2, PREFIX, 48]
     hidden_row = CAPACITY if tensorrt == "10.16.2" else 1
     for layer in range(3):
         for part in ("key", "value"):
             name = f"past_key_values.{layer}.{part}"
-            assert decode[name] == [[1, 2, CAPACITY, 16]] * 3
-            assert prefill[name] == [[1, 2, hidden_row, 16]] * 3
-    for profile in (decode, prefill):
-        assert (profile["prefix_length"], profile["allowed_ids"]) == ([[1]] * 3, [[1, 2]] * 3)
+            assert decode[name] == [[rows, 2, CAPACITY, 16] for rows in (1, 1, MAX_ROWS)]
+            assert prefill[name] == [[rows, 2, hidden_row, 16] for rows in (1, 1, 2)]
+    for profile, most in ((decode, MAX_ROWS), (prefill, 2)):
+        assert profile["prefix_length"] == [[1], [1], [most]]
+        assert profile["allowed_ids"] == [[1, 2], [1, 2], [most, 2]]
         assert len(profile) == 4 + 2 * 3
     recorded = [
         {name: [list(shape.min), list(shape.opt), list(shape.max)] for name, shape in profile.items()}

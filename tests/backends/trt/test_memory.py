@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from paliedge import GenerationOptions, PaliGemma
+from paliedge.backends.trt.parts import DECODE, PREFILL
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
 from paliedge.bundle.manifest import Manifest, write_manifest
@@ -29,6 +30,7 @@ from tests.bundles import TWO_BOARDS, VERSIONS, copy_bundle
 from tests.fakes.cuda_runtime import ALLOCATING, FakeCuda
 from tests.fakes.cuda_types import cudaError_t
 from tests.fakes.machine import Machine, fake_machine
+from tests.fakes.tensorrt_engine import ExecutionContext
 
 pytestmark = pytest.mark.opset24
 
@@ -57,6 +59,21 @@ def test_nothing_is_allocated_after_the_first_request(model: PaliGemma, machine:
         model.generate(image if index % 2 else model.encode(image), ("ocr", "detect circle", "caption en")[index % 3])
     assert held(machine) == before
     assert {allocation.address for allocation in machine.gpu.memory.live} == addresses
+
+
+def test_activations_take_what_one_row_needs(model: PaliGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiles have room for more rows; one request does not pay for them."""
+    given: dict[int, tuple[int, int]] = {}
+    honest = ExecutionContext.set_device_memory
+
+    def record(context: ExecutionContext, memory: int, size: int) -> None:
+        given[context._profile] = size, context._core.scratch_bytes(context._profile)
+        honest(context, memory, size)
+
+    monkeypatch.setattr(ExecutionContext, "set_device_memory", record)
+    model.generate(IMAGES[0], "caption en")
+    assert set(given) == {DECODE, PREFILL}
+    assert given[PREFILL][0] < 0.6 * max(largest for _, largest in given.values())
 
 
 def test_a_step_copies_no_more_than_it_must(model: PaliGemma, machine: Machine, target: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paliedge.backends.cuda import Stream, out_of_memory
+from paliedge.backends.cuda import DeviceBuffer, Stream, out_of_memory
 from paliedge.backends.trt.flavours import TensorRt, make_logger, quiet_deprecations
 from paliedge.bundle.manifest import Graph
 from paliedge.errors import DeviceError, EngineMismatchError, ResourceError
@@ -62,19 +62,15 @@ class LoadedEngine:
         found = {name: self._engine.get_aliased_input_tensor(name) for name in names}
         return {name: source for name, source in found.items() if source}
 
-    def scratch_bytes(self, profile: int) -> int:
-        """What a context of this profile needs for its activations."""
-        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
-
-    def new_context(self, profile: int, scratch: tuple[int, int], stream: Stream) -> Context:
-        """A context whose activations lie in `scratch`, an address and a size in bytes that others may share."""
+    def new_context(self, profile: int, stream: Stream) -> Context:
+        """A context, which has no memory for its activations yet."""
         with quiet_deprecations():
             context = self._trt.new_context(self._engine)
         if context is None or not context.set_optimization_profile_async(profile, int(stream.handle)):
             context = None  # or the exception would keep it, and it the engine
             raise self._failed("an execution context")
-        context.set_device_memory(*scratch)
-        return Context(context, self._path.name, self._messages)
+        largest = int(self._engine.get_device_memory_size_for_profile_v2(profile))
+        return Context(context, largest, self._path.name, self._messages)
 
     def _tensor_names(self) -> list[str]:
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -104,10 +100,18 @@ class LoadedEngine:
 
 
 class Context:
-    """An execution context: shapes and addresses that stay, and a launch."""
+    """An execution context: shapes and addresses that stay, and a launch.
 
-    def __init__(self, context: Any, name: str, messages: list[str]) -> None:
+    Args:
+        context: TensorRT's.
+        largest: bytes that its activations take with the largest shapes of its profile.
+        name: the plan's, for messages.
+        messages: where TensorRT's errors arrive.
+    """
+
+    def __init__(self, context: Any, largest: int, name: str, messages: list[str]) -> None:
         self._context = context
+        self._largest = largest
         self._name = name
         self._messages = messages
 
@@ -116,6 +120,16 @@ class Context:
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise _failure(self._name, f"input '{name}' of shape {list(shape)}", self._messages)
+
+    def lay_out(self) -> int:
+        """Bytes that activations take with the shapes at hand, for which they are now laid out; all must be set."""
+        return int(self._context.update_device_memory_size_for_shapes()) or self._largest
+
+    def take_memory(self, scratch: DeviceBuffer) -> None:
+        """Put activations into `scratch`, which other contexts may share, laid out for the shapes at hand."""
+        if self.lay_out() > scratch.num_bytes:
+            raise _failure(self._name, f"activations within {scratch.num_bytes} bytes", self._messages)
+        self._context.set_device_memory(scratch.address, scratch.num_bytes)
 
     def bind(self, addresses: Mapping[str, int]) -> None:
         """Addresses of inputs and outputs."""

@@ -37,10 +37,10 @@ class LoadedVision:
             self.pixels = owner.enter_context(PinnedBuffer(num_bytes))
             self._on_device = None if integrated else owner.enter_context(DeviceBuffer(num_bytes, stream))
             self.features = owner.enter_context(DeviceBuffer(4 * prod(features_shape), stream))
-            scratch = owner.enter_context(DeviceBuffer(engine.scratch_bytes(0), stream))
-            self._context = engine.new_context(0, (scratch.address, scratch.num_bytes), stream)
+            self._context = engine.new_context(0, stream)
             owner.callback(self._context.close)
             self._context.set_shapes({"pixel_values": pixels_shape})
+            self._context.take_memory(owner.enter_context(DeviceBuffer(self._context.lay_out(), stream)))
             source = self._on_device.address if self._on_device else self.pixels.device_address
             self._context.bind({"pixel_values": source, "image_features": self.features.address})
             self._owner = owner.pop_all()
@@ -63,10 +63,10 @@ class LoadedMasks:
         with ExitStack() as owner:
             owner.callback(engine.close)
             self._small = SmallTensors((codes,), (masks,), integrated=integrated, stream=stream, owner=owner)
-            scratch = owner.enter_context(DeviceBuffer(engine.scratch_bytes(0), stream))
-            self._context = engine.new_context(0, (scratch.address, scratch.num_bytes), stream)
+            self._context = engine.new_context(0, stream)
             owner.callback(self._context.close)
             self._context.set_shapes({codes.name: codes.shape})
+            self._context.take_memory(owner.enter_context(DeviceBuffer(self._context.lay_out(), stream)))
             self._context.bind(self._small.addresses)
             self._owner = owner.pop_all()
 
@@ -103,7 +103,7 @@ class LoadedDecoder:
         with ExitStack() as owner:
             owner.callback(engine.close)
             self._check_aliases()
-            size = max(engine.scratch_bytes(profile) for profile in (DECODE, PREFILL))
+            size = max(self._lay_out(DECODE, 1, stream), self._lay_out(PREFILL, max_prefix, stream))
             self._scratch = owner.enter_context(DeviceBuffer(size, stream))
             self.prefix = owner.enter_context(DeviceBuffer(4 * max_prefix * hidden_size, stream))
             self.pinned_prefix = owner.enter_context(PinnedBuffer(4 * max_prefix * hidden_size))
@@ -120,7 +120,8 @@ class LoadedDecoder:
     def run_prefill(self, cache: TrtCache, length: int, stream: Stream) -> None:
         """Put prefill of `length` tokens on the stream; the rows of the cache are theirs then."""
         context = cache.contexts[PREFILL]
-        context.set_shapes(self._step_shapes(length))
+        context.set_shapes(self._shapes(PREFILL, length))
+        context.take_memory(self._scratch)
         context.bind(self._outputs(cache, length))
         context.enqueue(stream)
         self.store_rows(cache, 0, length, stream)
@@ -131,14 +132,12 @@ class LoadedDecoder:
             return
         layout, small = self._layout, cache.small.addresses
         own = layout.addresses(cache.memory.address, layout.capacity)
-        scratch = (self._scratch.address, self._scratch.num_bytes)
-        fixed = {"prefix_length": (1,), "allowed_ids": (1, 2)}
-        decode = self._engine.new_context(DECODE, scratch, stream)
-        decode.set_shapes(self._step_shapes(1) | fixed | dict.fromkeys(own, layout.shape(layout.capacity)))
+        decode = self._engine.new_context(DECODE, stream)
+        decode.set_shapes(self._shapes(DECODE, 1))
+        decode.take_memory(self._scratch)
         decode.bind(small | own | self._outputs(cache, 1))
-        prefill = self._engine.new_context(PREFILL, scratch, stream)
+        prefill = self._engine.new_context(PREFILL, stream)
         past = own if self._in_place else dict.fromkeys(own, self._hidden_row.address)
-        prefill.set_shapes(fixed | dict.fromkeys(past, layout.shape(layout.capacity if self._in_place else 1)))
         prefill.bind(small | {"inputs_embeds": self.prefix.address, "position_ids": self._positions.address} | past)
         cache.contexts = {DECODE: decode, PREFILL: prefill}
 
@@ -150,8 +149,26 @@ class LoadedDecoder:
         target, pitch = cache.memory.address + first * width, self._layout.capacity * width
         stream.copy_rows(target, pitch, self._rows.address, count * width, count * width, self._layout.num_strips)
 
-    def _step_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
-        return {"inputs_embeds": (1, length, self._hidden_size), "position_ids": (1, length)}
+    def _lay_out(self, profile: int, length: int, stream: Stream) -> int:
+        """Bytes of activations of a step on `length` tokens."""
+        context = self._engine.new_context(profile, stream)
+        try:
+            context.set_shapes(self._shapes(profile, length))
+            return context.lay_out()
+        finally:
+            context.close()
+
+    def _shapes(self, profile: int, length: int) -> dict[str, tuple[int, ...]]:
+        """Of all inputs of a step on `length` tokens."""
+        layout = self._layout
+        past = layout.shape(layout.capacity if profile == DECODE or self._in_place else 1)
+        return {
+            "inputs_embeds": (1, length, self._hidden_size),
+            "position_ids": (1, length),
+            "prefix_length": (1,),
+            "allowed_ids": (1, 2),
+            **dict.fromkeys(layout.names, past),
+        }
 
     def _outputs(self, cache: TrtCache, length: int) -> dict[str, int]:
         """Where the cache outputs of a step on `length` tokens lie: in the cache, or where rows wait to be copied."""

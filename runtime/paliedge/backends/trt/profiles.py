@@ -8,6 +8,8 @@ from paliedge.bundle.manifest import Engine, Graph, Manifest, Plan, Range
 
 _PROMPT_TOKENS = 16
 """Of the prompt that prefill is tuned for."""
+MAX_ROWS = 4
+"""Requests that a decode step of an engine may have."""
 
 
 def design_engine(manifest: Manifest, trt: TensorRt, target: str, capability: str, gpu: str) -> Engine:
@@ -35,22 +37,24 @@ def vision_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], 
 def decoder_profiles(manifest: Manifest, target: str) -> tuple[dict[str, Range], ...]:
     """Decode, then prefill.
 
-    Decode has room for a second token that it never gets: a profile of single points makes the
-    builder specialise the engine, with a second copy of all weights. "capacity" is dynamic where the
-    runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
+    Decode is one token for each of up to `MAX_ROWS` rows, prefill one row, with room for a second that it never gets.
+    Only where the first dimension is open in every profile does the builder make all products two-dimensional: then
+    the profiles share their weights, 8-bit heads are not multiplied out in each step, and caches are not copied.
+    "capacity" is dynamic where the runtime stores the rows; prefill then reads one hidden row, as none is not allowed.
     """
     limits, num_image_tokens = manifest.limits, manifest.model.vision.num_image_tokens
     capacity = limits.capacity
     decoder = manifest.targets[target].decoder
     typical = min(num_image_tokens + _PROMPT_TOKENS, limits.prefix)
+    prefix = (num_image_tokens + 1, typical, limits.prefix)
     return (
-        _profile(decoder, {"sequence": (1, 1, 2), "capacity": (capacity,) * 3}),
-        _profile(decoder, {"sequence": (num_image_tokens + 1, typical, limits.prefix), "capacity": (1, 1, 1)}),
+        _profile(decoder, {"batch": (1, 1, MAX_ROWS), "sequence": (1, 1, 1), "capacity": (capacity,) * 3}),
+        _profile(decoder, {"batch": (1, 1, 2), "sequence": prefix, "capacity": (1, 1, 1)}),
     )
 
 
 def _profile(graph: Graph, sizes: dict[str, tuple[int, int, int]]) -> dict[str, Range]:
-    """Minimum, optimum and maximum of every input; `sizes` are those of named dimensions, batch is 1."""
+    """Minimum, optimum and maximum of every input; `sizes` are those of named dimensions, batch is 1 unless given."""
     sizes = {"batch": (1, 1, 1), **sizes}
     return {
         tensor.name: Range(
