@@ -91,8 +91,9 @@ def test_a_build_says_what_it_made(built: Built) -> None:
 
 def test_a_terminal_sees_progress_in_one_line_a_part(built: Built) -> None:
     shown = built.terminal.replace("\r\n", "\n").split("\n")
-    assert len(shown) == 10
+    assert len(shown) == 11
     assert shown.pop() == ""
+    assert re.fullmatch(r"a token moves \S+ MB, 1\.\d\d times the \S+ MB that it must", shown.pop())
     for part, (starts, progress, ends) in zip(PARTS, (shown[:3], shown[3:6], shown[6:]), strict=True):
         assert re.fullmatch(rf"building {part} for TensorRT for RTX \S+ from rtx's graphs", starts)
         steps = [int(step) for step in re.findall(rf"\r  {part} +(\d+)%", progress)]
@@ -156,7 +157,7 @@ def test_force_builds_again_without_progress_in_a_log(built: Built, tmp_path: Pa
     shutil.copytree(built.folder, folder)
     result = run("build", folder, "--flavour", "rtx", "--force", "--json")
     assert result.exit_code == 0
-    assert [bool(PART.fullmatch(line)) for line in result.stderr.splitlines()] == [False, True] * 3
+    assert [bool(PART.fullmatch(line)) for line in result.stderr.splitlines()] == [*[False, True] * 3, False]
     assert "%" not in result.stderr
     engine = json.loads(result.stdout)
     assert [engine] == json.loads(run("info", folder, "--json").stdout)["engines"]

@@ -118,6 +118,17 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     NONE = 2
 
 
+class ProfilingVerbosity(enum.Enum):
+    LAYER_NAMES_ONLY = 0
+    NONE = 1
+    DETAILED = 2
+
+
+class LayerInformationFormat(enum.Enum):
+    ONELINE = 0
+    JSON = 1
+
+
 class TensorRtNetworkFlag(enum.IntEnum):
     EXPLICIT_BATCH = 0
     STRONGLY_TYPED = 1
@@ -166,6 +177,7 @@ class BuilderConfig:
         self.pools: dict[MemoryPoolType, int] = {}
         self.flags: set[Any] = set()
         self.progress_monitor: Any = None
+        self.profiling_verbosity = ProfilingVerbosity.LAYER_NAMES_ONLY
         self.timing_cache: TimingCache | None = None
 
     def set_flag(self, flag: Any) -> None:
@@ -287,7 +299,10 @@ class Builder(_OfAModule):
             "aliases": graph.aliases,
             "weight_bytes": sum((path.parent / name).stat().st_size for name in graph.weight_files),
             "user_allocation": not settings.is_rtx or RtxBuilderFlag.REQUIRE_USER_ALLOCATION in config.flags,
+            "is_detailed": config.profiling_verbosity is ProfilingVerbosity.DETAILED,
         }
+        if settings.is_rtx and plan["is_detailed"]:
+            self._logger.log(ILogger.VERBOSE, _layers_in_lines(plan))
         return MAGIC + json.dumps(plan).encode()
 
     def _find_mistake(self, graph: OnnxGraph, config: BuilderConfig) -> str:
@@ -329,6 +344,59 @@ class Builder(_OfAModule):
         return "Error Code 10: Could not find any implementation for node" if fault == "refuses" else ""
 
 
+class EngineInspector:
+    """One product a profile, which reads all weights."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self._plan = plan
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        assert format is LayerInformationFormat.JSON
+        weights = {"Name": "w", "Dimensions": [self._plan["weight_bytes"]], "Format/Datatype": "Int8"}
+        layers: list[Any] = ["gemm"] * len(self._plan["profiles"])  # without details there are names alone
+        if self._plan["is_detailed"]:
+            layers = [
+                {"Name": f"gemm [profile {index}]", "LayerType": "gemm", "Inputs": [], "Outputs": []}
+                | {"Constants": [weights], "Metadata": "[ONNX Layer: MatMul_0]"}
+                for index in range(len(self._plan["profiles"]))
+            ]
+        return json.dumps({"Layers": layers})
+
+
+class InspectedEngine:
+    """What a building process can see of an engine."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self._plan = plan
+        self.num_optimization_profiles = len(plan["profiles"])
+
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        return 1001 + profile_index
+
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector(self._plan)
+
+
+class InspectingRuntime:
+    """Of a building process, which loads plans to look at them."""
+
+    def __init__(self, logger: ILogger) -> None:
+        assert logger.is_made, "ILogger.__init__ was not called"
+
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> InspectedEngine:
+        return InspectedEngine(json.loads(bytes(serialized_engine)[len(MAGIC) :]))
+
+
+def _layers_in_lines(plan: dict[str, Any]) -> str:
+    """As TensorRT for RTX logs them."""
+    weights = f"{{ Name: w, Dimensions: [{plan['weight_bytes']}], Strides: [1], StrideOrder: [0], Datatype: Int8, F }}"
+    return "Engine Layer Information:\n" + "\n".join(
+        f"Name: gemm [profile {index}], LayerType: gemm, Inputs: [], Constants: [ {weights}], Outputs: [], "
+        "TacticName: , StreamId: 0, Metadata: [ONNX Layer: MatMul_0]"
+        for index in range(len(plan["profiles"]))
+    )
+
+
 def make_module(settings: Settings, runtime: Mapping[str, type] | None = None) -> ModuleType:
     """The module; `runtime` holds the classes that only a process with a GPU needs."""
     made = ModuleType("tensorrt_rtx" if settings.is_rtx else "tensorrt")
@@ -338,6 +406,8 @@ def make_module(settings: Settings, runtime: Mapping[str, type] | None = None) -
             "NetworkDefinitionCreationFlag": RtxNetworkFlag if settings.is_rtx else TensorRtNetworkFlag,
             "BuilderFlag": RtxBuilderFlag if settings.is_rtx else TensorRtBuilderFlag,
             **{kind.__name__: kind for kind in (ILogger, IProgressMonitor, DataType, TensorIOMode, MemoryPoolType)},
+            **{kind.__name__: kind for kind in (ProfilingVerbosity, LayerInformationFormat)},
+            "Runtime": InspectingRuntime,
             "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
             **({kind.__name__: kind for kind in (DynamicShapesKernelSpecializationStrategy,) if settings.is_rtx}),
             **{kind.__name__: type(kind.__name__, (kind,), {"settings": settings}) for kind in (Builder, OnnxParser)},

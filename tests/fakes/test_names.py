@@ -59,17 +59,22 @@ def test_tensorrts_names_are_the_real_ones() -> None:
         "ICudaEngine": engine.RtxEngine,
         "IRuntimeConfig": engine.RuntimeConfig,
         "IExecutionContext": engine.ExecutionContext,
+        "EngineInspector": fake.EngineInspector,
         "ILogger": fake.ILogger,
     }
     for name, kind in classes.items():
         public = {item for item in dir(kind) if not item.startswith("_")} - {"settings", "cuda"}
         assert public <= set(dir(getattr(real, name))), name
+    inspected = {item for item in dir(fake.InspectedEngine({"profiles": []})) if not item.startswith("_")}
+    assert inspected <= set(dir(real.ICudaEngine))
     for values in (
         fake.DataType,
         fake.TensorIOMode,
         fake.MemoryPoolType,
         fake.ExecutionContextAllocationStrategy,
         fake.DynamicShapesKernelSpecializationStrategy,
+        fake.ProfilingVerbosity,
+        fake.LayerInformationFormat,
     ):
         assert {value.name for value in values} <= set(dir(getattr(real, values.__name__)))
     assert int(real.NetworkDefinitionCreationFlag.STRONGLY_TYPED) == fake.RtxNetworkFlag.STRONGLY_TYPED

@@ -9,6 +9,8 @@ import msgspec
 
 from paliedge.errors import BundleError
 
+LAYER_LIST = ".layers"
+"""The suffix of such a file; it has its plan's name otherwise."""
 ITEM_BYTES = {
     "Float": 4.0,
     "Half": 2.0,

@@ -16,12 +16,13 @@ from pathlib import Path
 import msgspec
 
 from paliedge.bundle.digests import describe_file
+from paliedge.bundle.layer_list import LAYER_LIST
 from paliedge.bundle.manifest import MANIFEST, Engine, Manifest, write_manifest
 from paliedge.errors import OutputError, UsageError
 
 _ASIDE = ".old"
 _ENGINES = ".engines.new-"
-_ENGINE_SUFFIXES = (".plan", ".timing")
+_ENGINE_SUFFIXES = (".plan", ".timing", LAYER_LIST)
 
 
 @contextmanager
@@ -116,9 +117,13 @@ def publish_engine(folder: Path, manifest: Manifest, staging: Path, engine: Engi
     _sync(folder)
     kept = tuple(other for other in manifest.engines if _key(other) != _key(engine))
     named = {name for other in (*kept, engine) for name in other.files}
+    lists = {name: str(Path(name).with_suffix(LAYER_LIST)) for name in named}
+    lists = {name: listed for name, listed in lists.items() if listed in manifest.files | files}
+    named |= set(lists.values())
     older = {name: file for name, file in manifest.files.items() if not name.endswith(_ENGINE_SUFFIXES)}
     older |= {name: file for name, file in manifest.files.items() if name in named}
-    write_manifest(folder, msgspec.structs.replace(manifest, engines=(*kept, engine), files=older | files))
+    changes = {"engines": (*kept, engine), "files": older | files, "layer_lists": lists}
+    write_manifest(folder, msgspec.structs.replace(manifest, **changes))
     for path in folder.iterdir():
         if path.suffix in _ENGINE_SUFFIXES and path.name not in named:
             path.unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from paliedge.bundle.layer_list import ITEM_BYTES, Layer, LayerTensor
+from paliedge.bundle.layer_list import ITEM_BYTES, Layer, LayerList, LayerTensor
+from paliedge.bundle.manifest import Manifest
 
 _LARGE = 1 << 20
 """Bytes of constants from which on they are weights."""
@@ -61,6 +62,15 @@ def needed_bytes(layers: Sequence[Layer], step: Step) -> float:
     weights = {tensor.name: tensor for layer in layers for tensor in layer.constants}
     caches = {tensor.name: tensor for layer in layers for tensor in layer.inputs if tensor.name.startswith("past")}
     return sum(tensor_bytes(tensor, step) for tensor in (*weights.values(), *caches.values()))
+
+
+def describe_step(found: LayerList, manifest: Manifest) -> str:
+    """In a line, what a decode step of one row moves: the decoder's layers are those of its first profile."""
+    text = manifest.model.text
+    step = Step(rows=1, tokens=1, capacity=manifest.limits.capacity, heads=text.num_heads // text.num_kv_heads)
+    layers = found.of(0)
+    moved, needed = moved_bytes(layers, step), needed_bytes(layers, step)
+    return f"a token moves {_in_words(moved)}, {moved / needed:.2f} times the {_in_words(needed)} that it must"
 
 
 def expanded_weights(layers: Sequence[Layer], step: Step) -> list[Layer]:
@@ -116,6 +126,10 @@ def _written(layer: Layer) -> list[LayerTensor]:
 
 def _past(name: str) -> str:
     return name.replace("present.", "past_key_values.")
+
+
+def _in_words(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _sum(tensors: Sequence[LayerTensor], step: Step) -> float:

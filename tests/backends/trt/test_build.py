@@ -13,6 +13,7 @@ from paliedge.backends.trt import build
 from paliedge.backends.trt.build import build_engine
 from paliedge.backends.trt.profiles import MAX_ROWS
 from paliedge.bundle.bundle import Bundle
+from paliedge.bundle.layer_list import read_layer_list
 from paliedge.bundle.manifest import Engine
 from paliedge.errors import BuildError, DeviceError, EngineMismatchError, MissingExtraError, OutputError, ResourceError
 from paliedge.planning.memory import FreeMemory
@@ -41,6 +42,9 @@ def assert_whole(bundle: Path, exported: Path, engines: list[Engine]) -> None:
     opened.verify_hashes()
     assert list(opened.manifest.engines) == engines
     named = {name for engine in engines for name in engine.files}
+    lists = opened.manifest.layer_lists
+    assert set(lists) == {name for name in named if name.endswith(".plan")}
+    named |= set(lists.values())
     assert {path.name for path in bundle.iterdir()} == {path.name for path in exported.iterdir()} | named
     assert set(opened.manifest.files) == set(Bundle(exported).manifest.files) | named
 
@@ -67,8 +71,15 @@ def test_the_version_decides_about_the_graphs(
     assert (engine.target, engine.version, engine.precision) == (target, tensorrt or RTX_VERSION, "fp16")
     assert (engine.compute_capability, engine.gpu) == (("8.7", "Orin") if tensorrt else ("any", "any"))
     assert (engine.timing_cache is None) == (tensorrt is None)
-    assert [line.split()[0] for line in lines] == ["building", "built"] * 2
+    assert [line.split()[0] for line in lines] == [*["building", "built"] * 2, "a"]
     assert_whole(bundle, bundles["paligemma2"], [engine])
+    opened = Bundle(bundle)
+    listed = read_layer_list(opened.path(opened.manifest.layer_lists[engine.decoder.file]))
+    assert [(layer.kind, layer.profile, layer.nodes) for layer in listed.layers] == [
+        ("gemm", profile, ("MatMul_0",)) for profile in (0, 1)
+    ]
+    megabytes = sum(opened.manifest.files[name].size for name in opened.manifest.targets[target].decoder.weights) / 1e6
+    assert lines[-1] == f"a token moves {megabytes:.1f} MB, 1.00 times the {megabytes:.1f} MB that it must"
 
 
 def test_an_old_tensorrt_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from paliedge.backends.trt.match import Part, choose_target, describe, describe_
 from paliedge.backends.trt.profiles import design_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.digests import describe_file
+from paliedge.bundle.layer_list import LAYER_LIST, read_layer_list
 from paliedge.bundle.manifest import Engine, Flavour, Graph, Manifest, Plan
 from paliedge.bundle.publish import engine_staging, publish_engine, wait_for_folder
 from paliedge.errors import (
@@ -41,6 +42,7 @@ from paliedge.planning.memory import (
     estimate_decoder_workspace,
     estimate_vision_workspace,
 )
+from paliedge.planning.traffic import describe_step
 
 SMALLEST_WORKSPACE = 1 << 30
 """Bytes that a kernel may use for itself unless told; small, because on a Jetson they are the model's too."""
@@ -104,6 +106,8 @@ def build_engine(
                 report(
                     f"built {part} in {cost.seconds:.0f} s, {cost.peak_memory / 1e9:.1f} GB of host memory at its peak"
                 )
+            if (listed := _layer_list(staging / engine.decoder.file)).is_file():
+                report(describe_step(read_layer_list(listed), bundle.manifest))
             engine = _name_files(engine, staging)
             publish_engine(folder, bundle.manifest, staging, engine)
     return engine
@@ -150,6 +154,7 @@ def make_order(bundle: Bundle, engine: Engine, part: Part, staging: Path, worksp
         flavour=engine.flavour,
         onnx=str(bundle.path(graph.file)),
         plan=str(staging / plan.file),
+        layers=str(_layer_list(staging / plan.file)),
         timing_cache=str(staging / engine.timing_cache) if engine.timing_cache else None,
         profiles=plan.profiles,
         workspace=workspace,
@@ -225,6 +230,10 @@ def _check_that_it_will_run(manifest: Manifest, trt: TensorRt, report: Report) -
         report(f"they will not run on this GPU: {error.expected}, {error.found}")
 
 
+def _layer_list(plan: Path) -> Path:
+    return plan.with_suffix(LAYER_LIST)
+
+
 def _take_timing_cache(bundle: Bundle, engine: Engine, staging: Path) -> None:
     """Start from what an earlier build of this flavour measured; TensorRT looks whether it fits."""
     for older in reversed(bundle.manifest.engines):
@@ -243,6 +252,8 @@ def _name_files(engine: Engine, staging: Path) -> Engine:
         stem, suffix = name.split(".")
         named = f"{stem}.{label}.{digest}.{suffix}"
         (staging / name).rename(staging / named)
+        if (listed := _layer_list(staging / name)).is_file():
+            listed.rename(_layer_list(staging / named))
         return named
 
     has_timing = engine.timing_cache and (staging / engine.timing_cache).is_file()

@@ -22,6 +22,8 @@ from typing import Any
 import msgspec
 
 from paliedge.backends.trt.flavours import TensorRt, load_flavour, make_logger, quiet_deprecations
+from paliedge.backends.trt.layers import inspect_plan, layers_from_log
+from paliedge.bundle.layer_list import write_layer_list
 from paliedge.bundle.manifest import Flavour, Range
 from paliedge.errors import BuildError, PaliEdgeError
 
@@ -31,12 +33,13 @@ _MAX_MESSAGES = 8
 class BuildOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What to build: paths of files, profiles as input name to shapes, workspace in bytes.
 
-    `timing_cache` is read if it is there, and written.
+    `layers` is where the list of the engine's layers goes. `timing_cache` is read if it is there, and written.
     """
 
     flavour: Flavour
     onnx: str
     plan: str
+    layers: str
     timing_cache: str | None
     profiles: tuple[dict[str, Range], ...]
     workspace: int
@@ -68,7 +71,8 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     """
     trt = load_flavour(order.flavour)
     messages: list[str] = []
-    logger = make_logger(trt, messages)
+    details: list[str] | None = [] if trt.compiles_on_device else None
+    logger = make_logger(trt, messages, details)
     try:
         builder = trt.module.Builder(logger)
     except TypeError as error:  # the bindings' answer to a null pointer
@@ -83,6 +87,7 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.module.MemoryPoolType.WORKSPACE, order.workspace)
     trt.set_builder_flags(config)
+    config.profiling_verbosity = trt.module.ProfilingVerbosity.DETAILED
     for shapes in order.profiles:
         profile = builder.create_optimization_profile()
         for name, shape in shapes.items():
@@ -98,6 +103,10 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     _write(Path(order.plan), plan)
     if known and timing_cache is not None:
         _write(known, timing_cache.serialize())
+    del builder, network, parser, config, timing_cache  # or the engine, if it is loaded, comes on top of them
+    found = layers_from_log(details) if details is not None else inspect_plan(trt, plan)
+    if found and found.layers:
+        write_layer_list(Path(order.layers), found)
 
 
 _REPORT = "Report this with `paliedge doctor --json`; meanwhile use `--backend cpu`."

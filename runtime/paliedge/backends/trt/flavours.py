@@ -121,8 +121,8 @@ def find_flavours() -> Iterator[TensorRt | PaliEdgeError]:
             yield error
 
 
-def make_logger(trt: TensorRt, messages: list[str]) -> Any:
-    """A TensorRT logger that keeps errors in `messages` and drops the rest."""
+def make_logger(trt: TensorRt, messages: list[str], details: list[str] | None = None) -> Any:
+    """A TensorRT logger that keeps errors in `messages`, and what is no error in `details` if there is such a list."""
     ILogger = trt.module.ILogger
     severities = (ILogger.ERROR, ILogger.INTERNAL_ERROR)
 
@@ -133,6 +133,8 @@ def make_logger(trt: TensorRt, messages: list[str]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in severities:
                 messages.append(message)
+            elif details is not None:
+                details.append(message)
 
     return Logger()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from paliedge.backends.trt.flavours import TensorRt, make_logger, quiet_deprecations
 from paliedge.bundle.layer_list import ITEM_BYTES, Layer, LayerList, LayerTensor
 
 _LAYER = re.compile(
@@ -69,6 +70,17 @@ def layers_from_inspector(content: str, scratch_bytes: tuple[int, ...]) -> Layer
         if layer["LayerType"] not in _WAITING
     ]
     return LayerList(layers=tuple(_with_profiles(found)), weight_bytes=0, scratch_bytes=scratch_bytes)
+
+
+def inspect_plan(trt: TensorRt, plan: Any) -> LayerList | None:
+    """The layers of a plan, which is loaded for it; None where it does not load on this machine."""
+    with quiet_deprecations():
+        engine = trt.module.Runtime(make_logger(trt, [])).deserialize_cuda_engine(plan)
+        if engine is None:
+            return None
+        scratch = map(engine.get_device_memory_size_for_profile_v2, range(engine.num_optimization_profiles))
+        content = engine.create_engine_inspector().get_engine_information(trt.module.LayerInformationFormat.JSON)
+        return layers_from_inspector(content, tuple(scratch))
 
 
 def _layer_from_line(match: re.Match[str], line: str) -> Layer:
