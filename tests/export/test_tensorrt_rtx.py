@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from paliedge.backends.trt import build as building
 from paliedge.backends.trt.build import build_engine
@@ -22,16 +21,11 @@ from paliedge.backends.trt.profiles import design_engine
 from paliedge.bundle.bundle import Bundle
 from paliedge.bundle.manifest import Engine
 from paliedge.errors import BuildError
-from paliedge_export.checkpoint.config import read_config
 from paliedge_export.exporter import export_bundle
 from paliedge_export.options import Quantization
-from paliedge_export.weights.activations import Statistics
-from paliedge_export.weights.files import QUANTIZED
-from paliedge_export.weights.linears import linears
 from tests.export.conftest import Tiny
 from tests.masks import PUBLISHED, random_mask_decoder
 from tests.paths import SHAPES_CHECKPOINT
-from tests.tiny import make_tiny
 
 TARGETS = ("jetpack6", "jetpack7")
 """rtx has jetpack7's graphs, which test_parity holds."""
@@ -88,43 +82,6 @@ def test_a_mask_decoder_of_the_published_size_is_built(tiny: Tiny, tmp_path: Pat
         lambda part, progress: None,
     )
     assert (tmp_path / "mask_decoder.plan").stat().st_size > 2_000_000
-
-
-@pytest.fixture(scope="module")
-def gemma_2b_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of Gemma-2B's shape, in bfloat16, and statistics of inputs that are all alike."""
-    folder = tmp_path_factory.mktemp("gemma_2b_layer")
-    shape = {"hidden_size": 2048, "intermediate_size": 16384, "num_heads": 8, "head_dim": 256, "num_layers": 1}
-    make_tiny(folder, "paligemma", dtype=torch.bfloat16, **shape)  # type: ignore[arg-type]
-    statistics = Statistics("inputs that are all alike")
-    for linear in linears(read_config(folder)):
-        ones = np.ones(linear.width, np.float32)
-        statistics.add(linear.name, 4 * ones, ones, 1)
-    statistics.save(folder / "calibration.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fp16_engine_size(gemma_2b_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    return decoder_size(gemma_2b_layer, tmp_path_factory.mktemp("fp16"), "jetpack6", "fp16")
-
-
-def decoder_size(checkpoint: Path, work: Path, target: str, precision: str) -> int:
-    statistics = checkpoint / "calibration.safetensors" if precision in QUANTIZED else None
-    quantization = Quantization(statistics, smooth=False)
-    bundle, engine = build(checkpoint, work / "bundle", target, precision, quantization)
-    return bundle.manifest.files[engine.decoder.file].size
-
-
-@pytest.mark.parametrize(
-    ("precision", "target", "largest"),
-    [("int8", "jetpack6", 0.55), ("int4", "jetpack6", 0.32), ("int4", "jetpack7", 0.32)],
-)
-def test_weights_stay_integers_in_the_engine(
-    precision: str, target: str, largest: float, gemma_2b_layer: Path, fp16_engine_size: int, tmp_path: Path
-) -> None:
-    """A builder that multiplied them out would give fp16's size."""
-    assert decoder_size(gemma_2b_layer, tmp_path, target, precision) <= largest * fp16_engine_size
 
 
 def test_a_graph_with_a_contrib_operator_is_refused_by_name(
