@@ -36,5 +36,5 @@ def test_a_question_is_learned(full: bool, rate: float, examples: Path, tmp_path
     with PaliGemma.load() as before, PaliGemma.load(tmp_path / "bundle") as after:
         unlearned, learned = answers(before), answers(after)
     assert not any(found in CLASSES for found, _ in unlearned)
-    assert all(found in CLASSES for found, _ in learned)
+    assert sum(found in CLASSES for found, _ in learned) > 0.8 * len(ASKED)
     assert sum(found == wanted for found, wanted in learned) > len(ASKED) / 4
