@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
     Attributes:
         capacity: length of a row's cache.
-        heads: queries for one key; what a kernel makes of keys and values for each of them has `capacity` in its shape.
+        heads: of the queries. Keys and values that a kernel writes anew are taken to be written for each of them.
     """
 
     rows: int
@@ -60,14 +60,14 @@ def moved_bytes(layers: Sequence[Layer], step: Step) -> float:
 def needed_bytes(layers: Sequence[Layer], step: Step) -> float:
     """Each weight once, and each row's cache once."""
     weights = {tensor.name: tensor for layer in layers for tensor in layer.constants}
-    caches = {tensor.name: tensor for layer in layers for tensor in layer.inputs if tensor.name.startswith("past")}
+    caches = {_past(tensor.name): tensor for layer in layers for tensor in layer.inputs if _CACHE.match(tensor.name)}
     return sum(tensor_bytes(tensor, step) for tensor in (*weights.values(), *caches.values()))
 
 
 def describe_step(found: LayerList, manifest: Manifest) -> str:
     """In a line, what a decode step of one row moves: the decoder's layers are those of its first profile."""
     text = manifest.model.text
-    step = Step(rows=1, tokens=1, capacity=manifest.limits.capacity, heads=text.num_heads // text.num_kv_heads)
+    step = Step(rows=1, tokens=1, capacity=manifest.limits.capacity, heads=text.num_heads)
     layers = found.of(0)
     moved, needed = moved_bytes(layers, step), needed_bytes(layers, step)
     return f"a token moves {_in_words(moved)}, {moved / needed:.2f} times the {_in_words(needed)} that it must"
