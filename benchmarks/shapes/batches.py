@@ -145,17 +145,6 @@ def make_batch(
         input_ids[row, :end] = [*prefix, *said[row][:-1]]
         labels[row, len(prefix) - 1 : end] = suffix
         points[row, len(prefix) - 1 : len(prefix) - 1 + len(read[row])] = read[row]
-    objects = pool.patch_object[picks].astype(np.int64)
-    rows = np.arange(num_images)[:, None]
-    centres = (np.stack(np.meshgrid(range(GRID), range(GRID)), -1).reshape(-1, 2) + 0.5) * PATCH
-    patch_boxes = (pool.boxes[picks].astype(np.float32)[rows, objects] - np.tile(centres, 2)) / 32
-    dense = {
-        "patch_class": torch.from_numpy(np.where(objects < 0, -1, pool.classes[picks][rows, objects]).astype(np.int64)),
-        "patch_box": torch.from_numpy(patch_boxes.astype(np.float32)),
-        "patch_codes": torch.from_numpy(pool.codes[picks].astype(np.int64)[rows, objects]),
-        "patch_chars": torch.from_numpy(pool.patch_chars[picks].astype(np.int64)),
-        "patch_order": torch.from_numpy(pool.patch_order[picks].astype(np.int64)),
-    }
     return Batch(
         pixel_values=pixels_from_images(pool.images[picks]).to(device),
         image_index=torch.arange(num_images, device=device).repeat_interleave(prompts),
@@ -169,8 +158,23 @@ def make_batch(
         points=torch.from_numpy(points).to(device),
         masks=move_masks(unpack(np.concatenate(masks)), np.concatenate(boxes), np.concatenate(moved)).to(device),
         mask_row=torch.tensor(mask_rows, dtype=torch.long, device=device),
-        dense={name: value.to(device) for name, value in dense.items()},
+        dense={name: value.to(device) for name, value in _dense_targets(pool, picks).items()},
     )
+
+
+def _dense_targets(pool: Pool, picks: np.ndarray[Any, Any]) -> dict[str, Tensor]:
+    """What the heads on the vision encoder are asked of each patch of the scenes `picks` [I]."""
+    objects = pool.patch_object[picks].astype(np.int64)
+    rows = np.arange(len(picks))[:, None]
+    centres = (np.stack(np.meshgrid(range(GRID), range(GRID)), -1).reshape(-1, 2) + 0.5) * PATCH
+    patch_boxes = (pool.boxes[picks].astype(np.float32)[rows, objects] - np.tile(centres, 2)) / 32
+    return {
+        "patch_class": torch.from_numpy(np.where(objects < 0, -1, pool.classes[picks][rows, objects]).astype(np.int64)),
+        "patch_box": torch.from_numpy(patch_boxes.astype(np.float32)),
+        "patch_codes": torch.from_numpy(pool.codes[picks].astype(np.int64)[rows, objects]),
+        "patch_chars": torch.from_numpy(pool.patch_chars[picks].astype(np.int64)),
+        "patch_order": torch.from_numpy(pool.patch_order[picks].astype(np.int64)),
+    }
 
 
 def _place(objects: Any, target: Any) -> int:

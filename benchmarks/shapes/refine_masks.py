@@ -21,8 +21,9 @@ from torch import Tensor
 
 from benchmarks.shapes.codebook import Codebook, load_decoder, overlap_loss, save_decoder
 from benchmarks.shapes.pool import crop_mask
-from benchmarks.shapes.scenes import HELD_OUT_SEED, Box, make_scene
+from benchmarks.shapes.scenes import HELD_OUT_SEED, make_scene
 from paliedge import GenerationOptions, PaliGemma
+from paliedge.results.locations import box_iou
 
 FIRST_SEED = 9 * HELD_OUT_SEED // 10
 """Scenes from here up to the held-out ones are in no pool that anybody draws."""
@@ -40,19 +41,11 @@ def collect_answers(model: PaliGemma, num_scenes: int) -> tuple[Tensor, Tensor]:
         for label in sorted({item.label for item in scene.objects}):
             objects = [item for item in scene.objects if item.label == label]
             for found in model.segment(encoded, [label], options=GenerationOptions(only_requested=True)).detections:
-                overlap, place = max((_box_iou(item.box, found.box), place) for place, item in enumerate(objects))
+                overlap, place = max((box_iou(item.box, found.box), place) for place, item in enumerate(objects))
                 if overlap >= _MIN_BOX_IOU and found.mask_codes:
                     codes.append(found.mask_codes)
                     masks.append(crop_mask(objects[place].mask, found.box))
     return torch.tensor(codes), torch.from_numpy(np.stack(masks)[:, None]).float() * 2 - 1
-
-
-def _box_iou(first: Box, second: tuple[float, float, float, float]) -> float:
-    width = min(first.x2, second[2]) - max(first.x1, second[0])
-    height = min(first.y2, second[3]) - max(first.y1, second[1])
-    both = max(width, 0) * max(height, 0)
-    areas = (first.x2 - first.x1) * (first.y2 - first.y1) + (second[2] - second[0]) * (second[3] - second[1])
-    return both / (areas - both)
 
 
 def refine(decoder: Codebook, codes: Tensor, masks: Tensor, steps: int, rate: float = 1e-3) -> dict[str, Any]:

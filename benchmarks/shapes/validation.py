@@ -14,6 +14,7 @@ from benchmarks.shapes.network import NUM_PATCHES
 from benchmarks.shapes.pool import Pool
 from benchmarks.shapes.scenes import SHARES_WITH_MASKS, Example, make_examples
 from benchmarks.shapes.trainee import Trainee
+from paliedge.results.locations import box_iou
 
 _MAX_TOKENS = 80
 _CODE = re.compile("<seg[0-9]{3}>")
@@ -86,16 +87,9 @@ def _matched(answer: str, expected: str) -> list[float]:
     free = _boxes(answer)
     hits = []
     for box, label in _boxes(expected):
-        best = max((item for item in free if item[1] == label), key=lambda item: _iou(item[0], box), default=None)
-        hit = best is not None and _iou(best[0], box) > 0.5
+        best = max((item for item in free if item[1] == label), key=lambda item: box_iou(item[0], box), default=None)
+        hit = best is not None and box_iou(best[0], box) > 0.5
         if hit and best is not None:
             free.remove(best)
         hits.append(float(hit))
     return hits
-
-
-def _iou(first: list[int], second: list[int]) -> float:
-    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
-    inter = float(np.prod(np.maximum(high - low, 0)))
-    areas = [float((box[2] - box[0]) * (box[3] - box[1])) for box in (first, second)]
-    return inter / max(sum(areas) - inter, 1e-9)

@@ -11,6 +11,7 @@ from paliedge.errors import CheckpointError
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors"]
 _TOKENIZER = ["tokenizer*", "added_tokens.json", "special_tokens_map.json"]
+_LOG_IN = "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again."
 
 
 def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
@@ -71,6 +72,15 @@ def download(repository: str, revision: str | None, wanted: list[str]) -> Path:
         CheckpointError: it is gated, missing or out of reach, or the disk is full.
     """
     from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the client lets through what its HTTP library raises, and changes the library
+        raise _explain(error, repository, revision) from None
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> CheckpointError:
+    """What went wrong with a download, and what to do."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -79,59 +89,47 @@ def download(repository: str, revision: str | None, wanted: list[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    expected = f"the hub repository {repository}"
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except GatedRepoError:  # before its base class RepositoryNotFoundError
-        raise CheckpointError(
-            expected=expected,
-            found="a gated repository, without access for you",
-            action=f"1. Open https://huggingface.co/{repository} and accept its terms. "
-            "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
-        ) from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            expected=f"{expected} (there is no folder {repository} here)",
-            found="no such repository, or a private one that you are not logged in for",
-            action=f"1. Open https://huggingface.co/{repository} and check the name. "
-            "2. Run `hf auth login` (or set HF_TOKEN). 3. Run this command again.",
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(
+    expected, address = f"the hub repository {repository}", f"https://huggingface.co/{repository}"
+    if isinstance(error, HFValidationError):
+        return _misspelt(repository)
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointError(
             expected=f"the revision '{revision}' of {repository}",
             found="no branch, tag or commit of that name",
-            action=f"Open https://huggingface.co/{repository}/tree/main and choose one of its branches.",
-        ) from None
-    except HFValidationError:
-        raise _misspelt(repository) from None
-    except Exception as error:  # the client lets through what its HTTP library raises, and changes the library
-        if getattr(getattr(error, "response", None), "status_code", None) == 403:
-            raise CheckpointError(
-                expected=expected,
-                found="a token that may not read it (403)",
-                action="1. Give the token access to public gated repositories in its settings on the hub, and accept "
-                f"the terms at https://huggingface.co/{repository}. 2. Run this command again.",
-            ) from None
-        if _is_full(error):
-            raise CheckpointError(
-                expected=f"room on the disk for {repository}",
-                found="a full disk (No space left on device)",
-                action="Free some, or set HF_HOME to a folder on another disk, and run this command again: what has "
-                "come is kept.",
-            ) from None
-        if HF_HUB_OFFLINE:
-            raise CheckpointError(
-                expected=expected,
-                found="no complete copy in the local cache, and HF_HUB_OFFLINE is set, so that nothing is downloaded",
-                action="Unset HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
-            ) from None
+            action=f"Open {address}/tree/main and choose one of its branches.",
+        )
+    if isinstance(error, GatedRepoError):  # before its base class RepositoryNotFoundError
+        found, action = (
+            "a gated repository, without access for you",
+            f"1. Open {address} and accept its terms. {_LOG_IN}",
+        )
+    elif isinstance(error, RepositoryNotFoundError):
+        expected += f" (there is no folder {repository} here)"
+        found = "no such repository, or a private one that you are not logged in for"
+        action = f"1. Open {address} and check the name. {_LOG_IN}"
+    elif getattr(getattr(error, "response", None), "status_code", None) == 403:
+        found = "a token that may not read it (403)"
+        action = (
+            "1. Give the token access to public gated repositories in its settings on the hub, and accept the terms at "
+            f"{address}. 2. Run this command again."
+        )
+    elif _is_full(error):
+        expected, found = f"room on the disk for {repository}", "a full disk (No space left on device)"
+        action = (
+            "Free some, or set HF_HOME to a folder on another disk, and run this command again: what has come is kept."
+        )
+    elif HF_HUB_OFFLINE:
+        found = "no complete copy in the local cache, and HF_HUB_OFFLINE is set, so that nothing is downloaded"
+        action = "Unset HF_HUB_OFFLINE, or download the repository elsewhere and name its folder."
+    else:
         reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
-        raise CheckpointError(
-            expected=f"{expected} (there is no folder {repository} here)",
-            found=f"no complete copy in the local cache, and a download that failed ({reason})",
-            action="Run this command again, which goes on where it stopped. If it fails again, check the network and "
-            "HF_HUB_OFFLINE, or download the repository elsewhere and name its folder.",
-        ) from None
+        expected += f" (there is no folder {repository} here)"
+        found = f"no complete copy in the local cache, and a download that failed ({reason})"
+        action = (
+            "Run this command again, which goes on where it stopped. If it fails again, check the network and "
+            "HF_HUB_OFFLINE, or download the repository elsewhere and name its folder."
+        )
+    return CheckpointError(expected=expected, found=found, action=action)
 
 
 def _is_full(error: Exception) -> bool:

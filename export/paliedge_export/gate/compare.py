@@ -16,6 +16,7 @@ from paliedge.backends.session import FloatArray
 from paliedge.bundle.manifest import Comparison, Cosine, Manifest, Precision, Target, Tokens
 from paliedge.bundle.precision_report import AnswerRow, Gate, TargetReport
 from paliedge.errors import PrecisionError
+from paliedge.results.locations import box_iou
 from paliedge_export.gate.runner import ReferenceRun, Runner, TeacherForcedAnswer
 from paliedge_export.weights.samples import Sample
 
@@ -221,13 +222,5 @@ def _box_ious(expected: TeacherForcedAnswer, found: Sequence[int], tokens: Token
             a, b = (bins([ids[index] for index in at]) for ids in (expected.tokens, found))
             meant = np.mean([expected.log_probs[index] for index in at]) >= _MEANT
             if meant and a[0] < a[2] and a[1] < a[3]:
-                ious.append(_iou(a, b) if all(0 <= edge < tokens.num_locations for edge in b) else 0.0)
+                ious.append(box_iou(a, b) if all(0 <= edge < tokens.num_locations for edge in b) else 0.0)
     return ious
-
-
-def _iou(a: list[int], b: list[int]) -> float:
-    def area(y1: int, x1: int, y2: int, x2: int) -> int:
-        return max(0, y2 - y1) * max(0, x2 - x1)
-
-    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return common / (area(*a) + area(*b) - common) if common else 0.0

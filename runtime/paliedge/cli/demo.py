@@ -72,28 +72,20 @@ def box_faults(
     detections: Sequence[Detection], objects: Sequence[dict[str, Any]], labels: Sequence[str]
 ) -> Iterator[str]:
     """What is wrong with boxes for `labels`: one that is no such object, and each object that has none."""
+    from paliedge.results.locations import box_iou
+
     missed = [item for item in objects if item["label"] in labels]
     for found in detections:
         alike = [item for item in missed if item["label"] == found.label]
-        same = next((item for item in alike if _iou(found.box, item["box"]) > _SAME), None)
+        same = next((item for item in alike if box_iou(found.box, item["box"]) > _SAME), None)
         if same:
             missed.remove(same)
         else:
-            there = max(objects, key=lambda item: _iou(found.box, item["box"]))
-            what = f"a {there['label']}" if _iou(found.box, there["box"]) > _SAME else "nothing like it"
+            there = max(objects, key=lambda item: box_iou(found.box, item["box"]))
+            what = f"a {there['label']}" if box_iou(found.box, there["box"]) > _SAME else "nothing like it"
             yield f"{what} is where {found.label} was found"
     for item in missed:
         yield f"{item['label']} at {' '.join(map(str, item['box']))} was missed"
-
-
-def _iou(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of two boxes x1, y1, x2, y2."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return width * height / (sum(areas) - width * height)
 
 
 VERBS = (demo,)

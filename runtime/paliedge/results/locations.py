@@ -53,6 +53,17 @@ class Detection(NamedTuple):
         return math.exp(fmean(self.log_probs[:4]))
 
 
+def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes, x1 y1 x2 y2 or y1 x1 y2 x2 both; 0 for one without an area."""
+
+    def area(left: float, top: float, right: float, bottom: float) -> float:
+        return max(0, right - left) * max(0, bottom - top)
+
+    low, high = map(max, one[:2], other[:2]), map(min, one[2:], other[2:])
+    common = area(*low, *high)
+    return common / (area(*one) + area(*other) - common) if common else 0.0
+
+
 class ParsedLocations(NamedTuple):
     """The boxes of an answer and the number of location or segmentation groups that are no box or mask."""
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from paliedge.backends.trt.layers import layers_from_inspector, layers_from_log
+from paliedge.backends.trt.flavours import load_flavour
+from paliedge.backends.trt.layers import layers_from_inspector, layers_from_log, list_layers
 from paliedge.bundle.layer_list import LayerTensor, read_layer_list, write_layer_list
 from paliedge.errors import BundleError
 
@@ -63,6 +64,14 @@ def test_an_inspector_tells_the_same(described: dict[str, str], dtype: str) -> N
     assert [one.profile for one in found.layers] == [0, 1]
     assert found.layers[0].inputs == (LayerTensor("x", dtype, (1, -1, 64)),)
     assert found.layers[0].nodes == ("MatMul_7",)
+
+
+@pytest.mark.parametrize("log", [[], LOG[:4], [LOG[4].replace("Int4", "Int3")]], ids=["none", "no-layers", "odd-type"])
+def test_what_is_told_in_another_way_is_no_list_and_no_error(log: list[str]) -> None:
+    """On a board that nobody has seen a build of an hour must not be lost for it."""
+    trt = load_flavour("rtx")
+    assert list_layers(trt, b"", LOG) is not None
+    assert list_layers(trt, b"", log) is None
 
 
 def test_a_list_comes_back_from_its_file(tmp_path: Path) -> None:

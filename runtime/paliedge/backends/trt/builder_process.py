@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from paliedge.backends.trt.flavours import TensorRt, load_flavour, make_logger, quiet_deprecations
-from paliedge.backends.trt.layers import inspect_plan, layers_from_log
+from paliedge.backends.trt.layers import list_layers
 from paliedge.bundle.layer_list import write_layer_list
 from paliedge.bundle.manifest import Flavour, Range
 from paliedge.errors import BuildError, PaliEdgeError
@@ -104,8 +104,7 @@ def build_plan(order: BuildOrder, on_progress: Callable[[float], None]) -> None:
     if known and timing_cache is not None:
         _write(known, timing_cache.serialize())
     del builder, network, parser, config, timing_cache  # or the engine, if it is loaded, comes on top of them
-    found = layers_from_log(details) if details is not None else inspect_plan(trt, plan)
-    if found and found.layers:
+    if found := list_layers(trt, plan, details):
         write_layer_list(Path(order.layers), found)
 
 

@@ -72,8 +72,19 @@ def layers_from_inspector(content: str, scratch_bytes: tuple[int, ...]) -> Layer
     return LayerList(layers=tuple(_with_profiles(found)), weight_bytes=0, scratch_bytes=scratch_bytes)
 
 
-def inspect_plan(trt: TensorRt, plan: Any) -> LayerList | None:
-    """The layers of a plan, which is loaded for it; None where it does not load on this machine."""
+def list_layers(trt: TensorRt, plan: Any, log: list[str] | None) -> LayerList | None:
+    """The layers of a plan: by the log of its build if there is one, else by the plan itself, which is loaded for it.
+
+    None where this TensorRT tells them in another way, or tells no weights; nothing rests on them.
+    """
+    try:
+        found = layers_from_log(log) if log is not None else _inspect(trt, plan)
+    except (KeyError, TypeError, msgspec.DecodeError):
+        return None
+    return found if found and any(layer.constants for layer in found.layers) else None
+
+
+def _inspect(trt: TensorRt, plan: Any) -> LayerList | None:
     with quiet_deprecations():
         engine = trt.module.Runtime(make_logger(trt, [])).deserialize_cuda_engine(plan)
         if engine is None:
@@ -98,16 +109,20 @@ def _layer_from_line(match: re.Match[str], line: str) -> Layer:
 
 def _tensors(text: str) -> Iterator[LayerTensor]:
     for name, sizes, dtype in _TENSOR.findall(text):
-        shape = tuple(int(size) for size in sizes.split(",") if size)
-        yield LayerTensor(_PROFILE.sub("", name).strip(), dtype, shape)
+        yield _tensor(name, dtype, [int(size) for size in sizes.split(",") if size])
 
 
 def _inspected(tensor: dict[str, Any]) -> LayerTensor:
     described = str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))
-    words = described.replace("(", " ").replace(")", " ").split()
-    names = [_INSPECTED_TYPES.get(word, word) for word in words]
-    dtype = next((name for name in names if name in ITEM_BYTES), described)
-    return LayerTensor(_PROFILE.sub("", tensor["Name"]).strip(), dtype, tuple(tensor["Dimensions"]))
+    words = [_INSPECTED_TYPES.get(word, word) for word in described.replace("(", " ").replace(")", " ").split()]
+    dtype = next((word for word in words if word in ITEM_BYTES), described)
+    return _tensor(tensor["Name"], dtype, tensor["Dimensions"])
+
+
+def _tensor(name: str, dtype: str, shape: Sequence[int]) -> LayerTensor:
+    if dtype not in ITEM_BYTES:
+        raise KeyError(dtype)
+    return LayerTensor(_PROFILE.sub("", name).strip(), dtype, tuple(shape))
 
 
 def _with_profiles(layers: Sequence[Layer]) -> Iterator[Layer]:
