@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from benchmarks.shapes.average_weights import average
-from benchmarks.shapes.batches import Encoder, make_batch, misplace, misread, move_masks
+from benchmarks.shapes.batches import IGNORE, Encoder, make_batch, misplace, misread, move_masks
 from benchmarks.shapes.codebook import (
     CODES,
     NUM_CODES,
@@ -160,6 +160,18 @@ def test_some_characters_are_shown_as_misread_and_the_end_is_not() -> None:
     assert 0.07 < wrong[:, :-1].mean() < 0.13
     assert not wrong[:, -1].any()
     assert set(shown[wrong].tolist()) <= set(characters.tolist())
+
+
+def test_what_was_read_is_shown_misread_and_asked_right(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.shapes.batches.VALIDATION_SCENES", 1)
+    monkeypatch.setattr("benchmarks.shapes.batches._READ_ERROR", 1.0)
+    encoder = Encoder(build_tokenizer(50))
+    batch = make_batch(Pool.load(pool), encoder, np.random.default_rng(0), 16, 4, "cpu")
+    read = batch.points[:, :-1] != IGNORE
+    asked, shown = batch.labels[:, :-1][read], batch.input_ids[:, 1:][read]
+    assert len(asked) > 5
+    assert (asked != shown).float().mean() > 0.8
+    assert set(asked.tolist()) | set(shown.tolist()) <= set(encoder.characters.tolist())
 
 
 def test_a_codebook_learns_to_bring_masks_back(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
