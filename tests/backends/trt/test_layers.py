@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from paliedge.backends.trt.flavours import load_flavour
+from paliedge.backends.trt.flavours import TensorRt
 from paliedge.backends.trt.layers import layers_from_inspector, layers_from_log, list_layers
 from paliedge.bundle.layer_list import LayerTensor, read_layer_list, write_layer_list
 from paliedge.errors import BundleError
@@ -69,7 +69,7 @@ def test_an_inspector_tells_the_same(described: dict[str, str], dtype: str) -> N
 @pytest.mark.parametrize("log", [[], LOG[:4], [LOG[4].replace("Int4", "Int3")]], ids=["none", "no-layers", "odd-type"])
 def test_what_is_told_in_another_way_is_no_list_and_no_error(log: list[str]) -> None:
     """On a board that nobody has seen a build of an hour must not be lost for it."""
-    trt = load_flavour("rtx")
+    trt = TensorRt("rtx", None, "1.7.1")  # the log has it all
     assert list_layers(trt, b"", LOG) is not None
     assert list_layers(trt, b"", log) is None
 
